@@ -1,0 +1,1 @@
+"""Conversations and personas: reading, checking, rendering to tokens, auditing. Imports no torch."""

@@ -1,0 +1,108 @@
+"""Equal and nearly equal user turns, within one set and between two.
+
+Two turns are equal when they are so after `normalise_turn` (case, punctuation and white space do not count), and
+nearly equal when the Jaccard similarity of their sets of character 4-grams reaches a threshold. All pairs are found,
+none by chance: the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006) only leaves out pairs that cannot reach
+it.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import regex
+
+NEAR = 0.8
+"""Jaccard similarity from which two turns count as nearly equal."""
+
+_GRAM = 4
+
+
+class Pair(NamedTuple):
+    """Two positions of a list and the Jaccard similarity of what stands there, in [0, 1]."""
+
+    first: int
+    second: int
+    similarity: float
+
+
+class Leak(NamedTuple):
+    """A held-out user turn that training has seen."""
+
+    training_id: str
+    held_out_id: str
+    turn: str
+
+
+def normalise_turn(text: str) -> str:
+    """Bring a turn into the form in which turns are compared: NFKC, case folded, only letters, marks and digits."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(regex.findall(r"[\p{L}\p{M}\p{N}]+", folded))
+
+
+def user_turns(conversation: Mapping[str, Any]) -> list[str]:
+    """The contents of the user messages, in order; also of a suite's case record."""
+    return [message["content"] for message in conversation["messages"] if message["role"] == "user"]
+
+
+def near_pairs(turns: Sequence[str], threshold: float = NEAR) -> list[Pair]:
+    """Find all pairs of distinct normalised turns that are nearly equal.
+
+    Args:
+        turns: Turns, normalised and distinct.
+        threshold: Least Jaccard similarity, in (0, 1].
+
+    Returns:
+        The pairs with `first < second` by position, most similar first.
+    """
+    grams = [_grams(turn) for turn in turns]
+    frequency = Counter(gram for each in grams for gram in each)
+    # Rare grams first: a pair that reaches the threshold shares one of the first |A| - ceil(t |A|) + 1 grams of each
+    # side.
+    ordered = [sorted(each, key=lambda gram: (frequency[gram], gram)) for each in grams]
+    index: dict[str, list[int]] = defaultdict(list)
+    pairs = []
+    for second in sorted(range(len(turns)), key=lambda position: (len(grams[position]), position)):
+        size = len(grams[second])
+        prefix = ordered[second][: size - math.ceil(threshold * size) + 1]
+        for first in {position for gram in prefix for position in index[gram]}:
+            if len(grams[first]) < threshold * size:
+                continue
+            shared = len(grams[first] & grams[second])
+            similarity = shared / (len(grams[first]) + size - shared)
+            if similarity >= threshold:
+                pairs.append(Pair(min(first, second), max(first, second), similarity))
+        for gram in prefix:
+            index[gram].append(second)
+    return sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second))
+
+
+def _grams(turn: str) -> frozenset[str]:
+    padded = f" {turn} "
+    return frozenset(padded[start : start + _GRAM] for start in range(max(1, len(padded) - _GRAM + 1)))
+
+
+def find_leaks(training: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]) -> list[Leak]:
+    """Find user turns of held-out conversations or cases that also stand in training.
+
+    Args:
+        training: Records with `id` and `messages`.
+        held_out: Records with `id` and `messages`.
+
+    Returns:
+        One leak per held-out turn, naming the first training conversation that holds it.
+    """
+    seen: dict[str, str] = {}
+    for conversation in training:
+        for turn in user_turns(conversation):
+            seen.setdefault(normalise_turn(turn), conversation["id"])
+    return [
+        Leak(seen[key], record["id"], turn)
+        for record in held_out
+        for turn in user_turns(record)
+        if (key := normalise_turn(turn)) in seen
+    ]

@@ -1,0 +1,61 @@
+"""Checks of what a reply says: words that must or must not occur."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import model_validator
+
+from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
+from qat.behavior.checks.names import fold, mentions_phrase
+
+
+class Mentions(Params):
+    """Phrases of which at least one (`any`) and every one (`all`) must occur."""
+
+    any: tuple[str, ...] = ()
+    all: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        phrases = [*self.any, *self.all]
+        if not phrases:
+            raise ValueError("give any or all")
+        if empty := [phrase for phrase in phrases if not fold(phrase)]:
+            raise ValueError(f"{empty[0]!r} has no letter or digit to look for")
+        return self
+
+
+@check("mentions", Mentions)
+def mentions(reply: Reply, params: Mentions) -> CheckResult:
+    """The last text holds the phrases, without regard to case, accents and punctuation, as whole words."""
+    text = fold(reply.final)
+    missing = [phrase for phrase in params.all if not mentions_phrase(text, phrase)]
+    if missing:
+        return failed(f"does not mention {missing[0]!r}")
+    if params.any and not any(mentions_phrase(text, phrase) for phrase in params.any):
+        return failed(f"mentions none of {', '.join(map(repr, params.any))}")
+    return PASSED
+
+
+class NotMentions(Params):
+    """Phrases of which none may occur."""
+
+    any: tuple[str, ...]
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if not self.any or not all(fold(phrase) for phrase in self.any):
+            raise ValueError("give at least one phrase, each with a letter or digit")
+        return self
+
+
+@check("not_mentions", NotMentions)
+def not_mentions(reply: Reply, params: NotMentions) -> CheckResult:
+    """No text holds any of the phrases."""
+    for text in reply.texts:
+        folded = fold(text)
+        for phrase in params.any:
+            if mentions_phrase(folded, phrase):
+                return failed(f"mentions {phrase!r}")
+    return PASSED

@@ -1,0 +1,171 @@
+"""Check that a reply invents nothing: no number, no name, no memory that it was not given."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Iterator
+
+import regex
+
+from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
+from qat.behavior.checks.names import fold
+from qat.data.text import split_sentences
+
+
+class NoFabrication(Params):
+    """What is looked for beyond the context.
+
+    Attributes:
+        allowed: Further words and numbers that are no invention (general knowledge the case asks for).
+        numbers: Look at numbers.
+        names: Look at names (capitalised words of Latin script).
+        claims: Look at claims to remember; for cases in which the memory is empty.
+    """
+
+    allowed: tuple[str, ...] = ()
+    numbers: bool = True
+    names: bool = True
+    claims: bool = False
+
+
+@check("no_fabrication", NoFabrication)
+def no_fabrication(reply: Reply, params: NoFabrication) -> CheckResult:
+    """Every number and name of the texts stands in the messages, the tool results or `allowed`.
+
+    Numbers compare by value ("ten" is 10, Kannada digits are digits; "one" is mostly a pronoun and is left out). A name
+    is a capitalised word inside a sentence, or at its beginning where another capitalised word, a possessive or a verb
+    of persons follows.
+    """
+    context = "\n".join(_context(reply, params))
+    known_words = set(fold(context).split()) if params.names else set()
+    known_numbers = set(_numbers(regex.sub(r"(?i)\bone\b", "1", context))) if params.numbers else set()
+    for text in reply.texts:
+        if params.claims and (claim := _claim(text)):
+            return failed(f"claims a memory: {claim}")
+        if params.numbers and (unknown := [n for n in _numbers(text) if n not in known_numbers]):
+            return failed(f"number {unknown[0]} is in no source")
+        if params.names:
+            for name in _names(text):
+                if not _known(name, known_words):
+                    return failed(f"name {name!r} is in no source")
+    return PASSED
+
+
+def _context(reply: Reply, params: NoFabrication) -> Iterator[str]:
+    for message in reply.context:
+        yield str(message.get("content") or "")
+        for call in message.get("tool_calls") or ():
+            yield json.dumps(call.get("function", {}).get("arguments"), ensure_ascii=False)
+    yield from reply.tool_results
+    yield from params.allowed
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_UNITS = _words(
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+)
+_TENS = dict(zip(_words("twenty thirty forty fifty sixty seventy eighty ninety"), range(20, 100, 10), strict=True))
+_NUMBER_WORDS = {word: value for value, word in enumerate(_UNITS) if word != "one"} | _TENS
+_ANY_WORD = "|".join(sorted(_NUMBER_WORDS, key=len, reverse=True))
+_TENS_UNIT = regex.compile(rf"\b({'|'.join(_TENS)})[- ]({'|'.join(_UNITS[1:10])})\b", regex.IGNORECASE)
+_NUMBER = regex.compile(rf"\p{{Nd}}+(?:[.,:]\p{{Nd}}+)*|\b(?:{_ANY_WORD})\b", regex.IGNORECASE)
+
+
+def _numbers(text: str) -> Iterator[str]:
+    """Numbers of a text in one form: ASCII digits, no leading zeros or thousands separators; "7:30" gives 7 and 30."""
+    text = _TENS_UNIT.sub(lambda m: str(_TENS[m[1].casefold()] + _UNITS.index(m[2].casefold())), text)
+    for match in _NUMBER.finditer(text):
+        word = match.group().casefold()
+        if word in _NUMBER_WORDS:
+            yield str(_NUMBER_WORDS[word])
+            continue
+        digits = "".join(str(unicodedata.digit(char)) if char.isdigit() else char for char in word)
+        if regex.fullmatch(r"\d{1,3}(?:,\d{2,3})+(?:\.\d+)?", digits):
+            digits = digits.replace(",", "")
+        for part in digits.split(":"):
+            whole, _, decimals = part.partition(".")
+            whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
+            yield f"{whole}.{decimals}" if decimals else whole
+
+
+_CAPITAL = regex.compile(r"\b\p{Lu}[\p{L}\p{M}'’]*(?<!['’])")
+# Capitalised in English without being anybody's name.
+_COMMON = frozenset(
+    _words(
+        "i i'm i'll i've i'd ok okay am pm a.m p.m monday tuesday wednesday thursday friday saturday sunday "
+        "january february march april may june july august september october november december mon tue wed "
+        "thu fri sat sun english kannada hindi indian tv id usb pdf wi-fi wifi ist rs god dr mr mrs ms sir"
+    )
+)
+_PERSON_VERBS = _words(
+    "is was has said says told called calls asked asks works worked lives lived likes liked loves loved plays "
+    "played wants wanted moved married went came will sent gave texted emailed visited suggested recommended"
+)
+_ACTS = regex.compile(rf"\s+(?:{'|'.join(_PERSON_VERBS)})\b")
+# Sentence openers that such verbs follow without naming anybody.
+_OPENERS = frozenset(
+    _words(
+        "it this that he she they you we there here what who which everything nothing everyone nobody someone "
+        "something anything all one your his her their my our its the a an today tomorrow tonight yesterday "
+        "now then so and but yes no sure done noted right memory both none neither either if when where how "
+        "why because as at in on by for with from to of not just also maybe perhaps sorry thanks great"
+    )
+)
+
+
+def _names(text: str) -> Iterator[str]:
+    for sentence in split_sentences(text):
+        first = True
+        for match in _CAPITAL.finditer(sentence):
+            word = match.group()
+            opens = first and not regex.search(r"[\p{L}\p{N}]", sentence[: match.start()])
+            first = False
+            bare = regex.sub(r"['’]s?$", "", word).casefold()
+            if bare in _COMMON or word.casefold() in _COMMON or len(bare) < 2:
+                continue
+            if opens and not _opens_with_name(word, bare, sentence[match.end() :]):
+                continue
+            yield regex.sub(r"['’]s?$", "", word)
+
+
+def _opens_with_name(word: str, bare: str, rest: str) -> bool:
+    if bare in _OPENERS:
+        return False
+    follower = regex.match(r"\s+(\p{Lu}[\p{L}\p{M}]+)", rest)
+    return (
+        word.endswith(("'s", "’s"))
+        or _ACTS.match(rest) is not None
+        or (follower is not None and follower[1].casefold() not in _COMMON)
+    )
+
+
+def _known(name: str, words: set[str]) -> bool:
+    return all(part in words or part.rstrip("s") in words for part in fold(name).split())
+
+
+_CLAIM = regex.compile(
+    r"""\byou(?:['’]ve|\s+have)?\s+(?:once\s+|already\s+|also\s+|just\s+)?(?:told|said|mentioned|shared|asked|noted|saved)\b
+      | \bI\s+(?:do\s+|still\s+|clearly\s+|definitely\s+)?(?:remember|recall)\b
+      | \b(?:last\s+time|the\s+other\s+day|as\s+(?:you\s+know|always|usual)|we\s+(?:talked|spoke|discussed|chatted))\b
+      | \b(?:my|your|the)\s+(?:notes?|memory|records?)\s+(?:say|says|show|shows|mention|mentions)\b
+      | \byou(?:['’]re|\s+are)?\s+(?:usually|always|often|really|absolutely)?\s*
+        (?:like|likes|love|prefer|enjoy|adore|hate|allergic\s+to|fond\s+of)\b
+      | \byour\s+favou?rite\b[^.?!]*\bis\b""",
+    regex.VERBOSE | regex.IGNORECASE,
+)
+_DENIAL = regex.compile(
+    r"\b(?:not|no|never|nothing|none|cannot|without|yet\s+to|if|unless|whether)\b|n['’]t\b", regex.IGNORECASE
+)
+
+
+def _claim(text: str) -> str | None:
+    """The sentence that claims to remember; one that denies or sets a condition ("if you told me") claims nothing."""
+    for sentence in split_sentences(text):
+        if _CLAIM.search(sentence) and not _DENIAL.search(sentence):
+            return sentence
+    return None

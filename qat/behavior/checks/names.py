@@ -1,0 +1,107 @@
+"""Folding of texts, and names.
+
+Two spellings that a listener takes for the same are the same; one letter off is a name error.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import lru_cache
+from typing import Annotated
+
+import regex
+from pydantic import Field
+
+from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
+
+# Latin accents belong to no script of their own; vowel signs of Kannada and Devanagari do, and they stay.
+_ACCENT = regex.compile(r"[\p{Mn}&&\p{Script=Inherited}\u200C\u200D]", regex.VERSION1)
+_POSSESSIVE = regex.compile(r"['’]s\b")
+_APOSTROPHE = regex.compile(r"(?<=\w)['’](?=\w)")
+_BETWEEN = regex.compile(r"[^\p{L}\p{N}\p{M}]+")
+
+
+@lru_cache(maxsize=8192)
+def fold(text: str) -> str:
+    """Reduce a text to what is compared.
+
+    No case, no Latin accents, no punctuation, single spaces, no possessive 's, ASCII digits.
+    """
+    text = unicodedata.normalize("NFKD", text).casefold()
+    text = _ACCENT.sub("", text)
+    text = _APOSTROPHE.sub("", _POSSESSIVE.sub("", text))
+    text = "".join(str(unicodedata.digit(char)) if char.isdigit() and not char.isascii() else char for char in text)
+    return str(_BETWEEN.sub(" ", text)).strip()
+
+
+def mentions_phrase(folded: str, phrase: str) -> bool:
+    """Whether a folded text holds a phrase as whole words.
+
+    A phrase that ends in a script with case suffixes written on (Kannada, Devanagari and others beyond Latin) may go
+    on.
+    """
+    pattern = _phrase(phrase)
+    return pattern is not None and pattern.search(folded) is not None
+
+
+@lru_cache(maxsize=8192)
+def _phrase(phrase: str) -> regex.Pattern[str] | None:
+    wanted = fold(phrase)
+    if not wanted:
+        return None
+    end = r"(?![\p{L}\p{N}\p{M}])" if regex.match(r"[\p{Latin}\p{N}]", wanted[-1]) else ""
+    return regex.compile(rf"(?<![\p{{L}}\p{{N}}\p{{M}}]){regex.escape(wanted)}{end}")
+
+
+class NameSpelling(Params):
+    """Names that must be spelt right, and words near them that are meant."""
+
+    names: Annotated[tuple[str, ...], Field(min_length=1)]
+    allowed: tuple[str, ...] = ()
+
+
+_WORD = regex.compile(r"[\p{L}][\p{L}\p{M}\u200C\u200D]*")
+
+
+@check("name_spelling", NameSpelling)
+def name_spelling(reply: Reply, params: NameSpelling) -> CheckResult:
+    """No capitalised word is a near miss of a name.
+
+    Near is one edit (insertion, deletion, substitution, swap of neighbours), or two for names of six letters and more
+    with the same first letter. Words of fewer than four letters are too short to tell. Scripts without capitals are all
+    looked at.
+    """
+    right = {part for name in (*params.names, *params.allowed) for part in fold(name).split()}
+    names = {part for name in params.names for part in fold(name).split() if len(part) >= 4}
+    for text in reply.texts:
+        for match in _WORD.finditer(_POSSESSIVE.sub("", text)):
+            word = fold(match.group())
+            if len(word) < 4 or word in right or match.group()[0].islower():
+                continue
+            for name in sorted(names):
+                if _near(word, name):
+                    return failed(f"{match.group()!r} for {name!r}")
+    return PASSED
+
+
+def _near(word: str, name: str) -> bool:
+    if abs(len(word) - len(name)) > 2:
+        return False
+    distance = edit_distance(word, name)
+    # A plural or a case suffix on a whole name is grammar and not a misspelling.
+    if word.startswith(name):
+        return False
+    return distance == 1 or (distance == 2 and len(name) >= 6 and word[0] == name[0])
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Optimal string alignment distance: insertions, deletions, substitutions and swaps of neighbours cost 1."""
+    before: list[int] = []
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, start=1):
+        before, row, above = row, [i] + [0] * len(b), before
+        for j, right in enumerate(b, start=1):
+            row[j] = min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (left != right))
+            if i > 1 and j > 1 and left == b[j - 2] and a[i - 2] == right:
+                row[j] = min(row[j], above[j - 2] + 1)
+    return row[-1]

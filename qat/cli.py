@@ -1,0 +1,76 @@
+"""The command line: what is registered, and nothing else; `tests/unit/cli/surface.json` freezes it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import qat
+from qat.commands import common, conversations, endpoint, engine, patches, pipeline, recipes, results
+
+app = typer.Typer(
+    name="qat",
+    help="Ship a chat persona at four bits and prove that it still behaves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a bug keeps its plain traceback
+    rich_markup_mode=None,  # help in plain text starts in a third of the time
+    context_settings={"max_content_width": 120},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(qat.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Ship a chat persona at four bits and prove that it still behaves."""
+
+
+for command in (
+    pipeline.run,
+    pipeline.train,
+    pipeline.export,
+    endpoint.serve,
+    pipeline.test,
+    pipeline.report,
+    recipes.validate,
+    results.compare,
+    endpoint.chat,
+    results.env,
+):
+    app.command(command.__name__)(command)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(conversations.app, name="data")
+app.add_typer(engine.app, name="engine")
+app.add_typer(patches.app, name="patches")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: What stands behind `qat`; by default the process's own arguments.
+
+    Returns:
+        The exit code (`qat.errors.ExitCode`); a bug leaves with its traceback instead.
+    """
+    given = tuple(sys.argv[1:] if argv is None else argv)
+    token = common.arguments.set(given)
+    try:
+        app(list(given), prog_name="qat")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    finally:
+        common.arguments.reset(token)
+    return 0

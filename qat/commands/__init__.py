@@ -1,0 +1,1 @@
+"""The commands of `qat`, a module a group; heavy imports stand inside the functions."""

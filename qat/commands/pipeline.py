@@ -1,0 +1,207 @@
+"""`run`, `train`, `export`, `test`, `report`: the chain and its parts on one run folder."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qat.commands.common import (
+    RUNS,
+    FreshOption,
+    JsonOption,
+    RecipeOption,
+    RunOption,
+    RunsDirOption,
+    SetOption,
+    difference,
+    emit,
+    exits,
+    open_run,
+    print_table,
+    terminable,
+)
+from qat.errors import ExitCode
+
+if TYPE_CHECKING:
+    from qat.runs import Run
+
+
+class Format(StrEnum):
+    """What `qat export` writes."""
+
+    NVFP4 = "nvfp4"
+    BF16 = "bf16"
+
+
+_EXIT_OF = {"PASS": ExitCode.DONE, "FAIL": ExitCode.FAIL, "INCONCLUSIVE": ExitCode.INCONCLUSIVE}
+
+
+@exits(resumable=True)
+def run(
+    recipe: RecipeOption = None,
+    run: RunOption = None,
+    runs_dir: RunsDirOption = RUNS,
+    fresh: FreshOption = False,
+    overrides: SetOption = None,
+    json_: JsonOption = False,
+) -> ExitCode:
+    """Run the whole chain, from the data to the verdict; an earlier call's finished stages are kept."""
+    with terminable(), open_run(recipe, run, runs_dir, fresh, overrides) as opened:
+        from qat import chain
+
+        chain.run_all(opened)
+        return _show_verdict(opened.folder, json_)
+
+
+@exits(resumable=True)
+def train(
+    recipe: RecipeOption = None,
+    run: RunOption = None,
+    runs_dir: RunsDirOption = RUNS,
+    fresh: FreshOption = False,
+    overrides: SetOption = None,
+    json_: JsonOption = False,
+) -> ExitCode:
+    """Prepare the data, fine-tune, calibrate and distil; measure the divergence of every arm."""
+    with terminable(), open_run(recipe, run, runs_dir, fresh, overrides) as opened:
+        from qat import chain
+
+        chain.train(opened)
+        _show_stages(opened, json_)
+    return ExitCode.DONE
+
+
+@exits(resumable=True)
+def export(
+    format_: Annotated[
+        Format | None, typer.Option("--format", help="Only arms of this format; by default all.")
+    ] = None,
+    recipe: RecipeOption = None,
+    run: RunOption = None,
+    runs_dir: RunsDirOption = RUNS,
+    overrides: SetOption = None,
+    json_: JsonOption = False,
+) -> ExitCode:
+    """Write deployable checkpoints of a trained run; the base arm is served from its own folder."""
+    with terminable(), open_run(recipe, run, runs_dir, overrides=overrides) as opened:
+        from qat import chain
+
+        kinds = {Format.NVFP4: chain.NVFP4_KINDS, Format.BF16: ("persona",), None: ("persona", *chain.NVFP4_KINDS)}
+        arms = [arm for arm in opened.recipe.arms if arm.kind in kinds[format_]]
+        folders = dict(zip([arm.name for arm in arms], chain.export_arms(opened, arms), strict=True))
+        result = {"run": str(opened.folder), "arms": {name: str(folder) for name, folder in folders.items()}}
+
+        def text() -> None:
+            print_table(
+                ("arm", "MB", "folder"),
+                [(name, f"{_megabytes(opened, name):,.1f}", str(folder)) for name, folder in folders.items()],
+            )
+
+        emit(result, json_, text)
+    return ExitCode.DONE
+
+
+@exits(resumable=True)
+def test(
+    recipe: RecipeOption = None,
+    run: RunOption = None,
+    runs_dir: RunsDirOption = RUNS,
+    overrides: SetOption = None,
+    json_: JsonOption = False,
+) -> ExitCode:
+    """Serve every exported arm in turn, run the suite on it and judge; exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE."""
+    with terminable(), open_run(recipe, run, runs_dir, overrides=overrides) as opened:
+        from qat import chain
+
+        chain.judge(opened)
+        return _show_verdict(opened.folder, json_)
+
+
+@exits(resumable=True)
+def report(
+    run: RunOption = None,
+    runs_dir: RunsDirOption = RUNS,
+    json_: JsonOption = False,
+) -> ExitCode:
+    """Write report.html from whatever the run holds so far."""
+    with terminable(), open_run(None, run, runs_dir) as opened:
+        from qat import chain
+
+        path = chain.report(opened)
+        emit({"run": str(opened.folder), "report": str(path)}, json_, lambda: print(path))
+    return ExitCode.DONE
+
+
+def _megabytes(run: Run, arm: str) -> float:
+    return float(run.record(f"export/{arm}")["bytes"][f"export/{arm}"]) / 1e6
+
+
+def _show_stages(run: Run, as_json: bool) -> None:
+    stages = run.stages
+
+    def text() -> None:
+        rows = [
+            (name, record["status"], f"{record['seconds']:.0f}", f"{record['peak_rss_mb'] or 0:,.0f}")
+            for name, record in stages.items()
+        ]
+        print_table(("stage", "status", "seconds", "peak MB"), rows)
+        print(f"run: {run.folder}")
+
+    emit({"run": str(run.folder), "stages": stages}, as_json, text)
+
+
+def _show_verdict(folder: Path, as_json: bool) -> ExitCode:
+    verdict = json.loads((folder / "verdict.json").read_text(encoding="utf-8"))
+
+    def text() -> None:
+        print_table(*arms_table(folder, verdict))
+        print(f"\nverdict: {verdict['verdict']}")
+        for reason in verdict["reasons"]:
+            print(f"  {reason}")
+        print(f"report:  {folder / 'report.html'}")
+
+    emit({"run": str(folder), **verdict}, as_json, text)
+    return _EXIT_OF[verdict["verdict"]]
+
+
+def arms_table(folder: Path, verdict: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the arms table, from a run's files.
+
+    Args:
+        folder: The run; `divergence.json` and the exports' sizes are read where they are there.
+        verdict: Contents of `verdict.json`.
+
+    Returns:
+        Headings, and one row of texts per arm. `--` stands where a figure does not apply or was not measured.
+    """
+    path = folder / "divergence.json"
+    divergence = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    passes = list(dict.fromkeys(name for arm in verdict["arms"].values() for name in arm["samplings"]))
+    compared = {entry["arm"]: entry for entry in verdict["comparisons"]}
+    gate = verdict["gate"]
+    interval = f"{100 * gate['confidence']:g} % interval"
+    columns = ["arm", *passes, f"{interval} ({gate['sampling']})", f"minus {gate['reference']}, points", "KL", "top-1"]
+    rows = []
+    for name, arm in verdict["arms"].items():
+        row = [name, *(_rate(arm["samplings"].get(sampling)) for sampling in passes), _interval(arm["overall"])]
+        row.append(difference(compared.get(name)))
+        drift = divergence.get(name, {})
+        row.append(f"{drift['kl']:.4f}" if "kl" in drift else "--")
+        row.append(f"{drift['top1']:.3f}" if "top1" in drift else "--")
+        rows.append(row)
+    return columns, rows
+
+
+def _rate(rate: dict[str, Any] | None) -> str:
+    if rate is None or rate.get("rate") is None:
+        return "--" if rate is None else f"{rate['passed']}/{rate['n']}"
+    return f"{100 * rate['rate']:.1f} % ({rate['passed']}/{rate['n']})"
+
+
+def _interval(rate: dict[str, Any]) -> str:
+    low, high = rate.get("low"), rate.get("high")
+    return "too few" if low is None or high is None else f"{100 * low:.1f} to {100 * high:.1f} %"

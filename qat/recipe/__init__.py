@@ -1,0 +1,1 @@
+"""Recipes: schema, checks, loading and the shipped library."""

@@ -1,0 +1,291 @@
+"""The recipe: a tree of small frozen blocks that refuse unknown keys.
+
+Every work function takes the block it needs. Values are strict (`"3"` is no integer, `true` is no number), lists arrive
+as tuples, and what one block cannot see (does the gate name an arm that exists?) is checked on the whole by
+`qat.recipe.checks`. The keys, their order and their meaning are fixed in `docs/architecture.md`, section 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from qat.recipe.checks import EXPORTABLE_PRESETS, PRESETS, cross_faults
+
+Family = Literal["nemotron_h", "qwen", "llama"]
+Target = Literal["attention", "mamba", "routed_experts", "shared_experts", "mlp"]
+Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
+ArmKind = Literal["base", "persona", "ptq", "distilled"]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=64)]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+LearningRate = Annotated[float, Field(gt=0.0, le=1.0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+
+class Block(BaseModel):
+    """Common behaviour of all blocks: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class BaseBlock(Block):
+    """The BF16 checkpoint that everything starts from."""
+
+    model: Annotated[str, Field(min_length=1)] = Field(
+        default="tiny-base", description="`tiny-base` (embedded), a folder, or a hub id in the local cache."
+    )
+    revision: str | None = Field(default=None, description="Commit of the hub id; needs a hub id.")
+    dtype: Literal["bfloat16"] = Field(
+        default="bfloat16",
+        description="Type of the base weights: merging rounds once to it and packing starts from it.",
+    )
+    trust_remote_code: Literal[False] = Field(
+        default=False, description="Code from a checkpoint is never run; only `false`."
+    )
+    family: Family = Field(default="nemotron_h", description="Which module names and adapter targets apply.")
+    chat_template: str | None = Field(
+        default=None, description="Jinja file that replaces the checkpoint's own chat template."
+    )
+
+
+class DataBlock(Block):
+    """Where the conversations come from and how they are split."""
+
+    source: Annotated[str, Field(min_length=1)] = Field(
+        default="generated",
+        description="`generated` (grammars of this package, deterministic by seed) or a JSONL file.",
+    )
+    count: PositiveInt | None = Field(
+        default=None, description="How many conversations to generate; null for a file (all)."
+    )
+    seed: Seed = Field(default=11, description="Seed of the generator and of the split.")
+    validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
+        default=0.1,
+        description="Share held out per category for validation loss, validation KL and the divergence table.",
+    )
+    max_length: Annotated[int, Field(ge=32)] = Field(
+        default=512, description="Longest conversation in tokens, system prompt included."
+    )
+
+
+class AdapterBlock(Block):
+    """LoRA: which layers carry factors and how large these are."""
+
+    rank: Annotated[int, Field(ge=1, le=512)] = Field(default=16, description="Rank of both factors.")
+    alpha: Positive = Field(default=32.0, description="Scale numerator: W + alpha / rank * B A.")
+    dropout: Fraction = Field(
+        default=0.0, description="LoRA dropout; must be 0 with `routed_experts` and in distillation."
+    )
+    targets: Annotated[tuple[Target, ...], Field(min_length=1, strict=False)] = Field(
+        default=("attention", "mamba", "routed_experts", "shared_experts"),
+        description="Kinds of layers that carry factors.",
+    )
+
+
+class SftBlock(Block):
+    """Supervised fine-tuning of the BF16 persona (loss on assistant turns only)."""
+
+    epochs: PositiveInt = Field(default=3, description="Passes over the training conversations.")
+    learning_rate: LearningRate = Field(default=1e-3, description="Peak learning rate.")
+    batch_size: PositiveInt = Field(default=8, description="Conversations per forward.")
+    gradient_accumulation: PositiveInt = Field(default=1, description="Forwards per optimizer step.")
+    warmup_ratio: Fraction = Field(default=0.05, description="Share of the steps in which the rate rises.")
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW weight decay.")
+    max_grad_norm: Positive = Field(default=1.0, description="Gradient norm above which gradients are scaled down.")
+    scheduler: Scheduler = Field(default="cosine", description="Course of the learning rate.")
+    evals_per_epoch: PositiveInt = Field(default=2, description="Validations per epoch.")
+    early_stopping_patience: Annotated[int, Field(ge=0)] = Field(
+        default=3, description="Validations without a new best after which training stops; 0 never stops."
+    )
+    save_every: PositiveInt = Field(default=50, description="Optimizer steps between resumable checkpoints.")
+
+
+class DistillBlock(Block):
+    """Quantization-aware distillation: NVFP4 student, BF16 persona as teacher, forward KL."""
+
+    max_steps: PositiveInt = Field(default=100, description="Optimizer steps.")
+    learning_rate: LearningRate = Field(default=3e-4, description="Peak learning rate.")
+    batch_size: PositiveInt = Field(default=8, description="Conversations per forward.")
+    gradient_accumulation: PositiveInt = Field(default=1, description="Forwards per optimizer step.")
+    warmup_ratio: Fraction = Field(default=0.05, description="Share of the steps in which the rate rises.")
+    weight_decay: NonNegative = Field(default=0.0, description="AdamW weight decay.")
+    max_grad_norm: Positive = Field(default=1.0, description="Gradient norm above which gradients are scaled down.")
+    scheduler: Scheduler = Field(default="cosine", description="Course of the learning rate.")
+    temperature: Positive = Field(default=1.0, description="Softens teacher and student alike.")
+    tokens: Literal["all", "replies"] = Field(default="all", description="Positions whose KL counts.")
+    eval_every: PositiveInt = Field(
+        default=25, description="Optimizer steps between validation KLs; the best one is kept."
+    )
+    save_every: PositiveInt = Field(default=25, description="Optimizer steps between resumable checkpoints.")
+    adapter: AdapterBlock | None = Field(default=None, description="Adapter of the student; null: as `train.adapter`.")
+
+
+class TrainBlock(Block):
+    """Both trainings and the adapter that they share."""
+
+    adapter: AdapterBlock = Field(default_factory=AdapterBlock)
+    sft: SftBlock = Field(default_factory=SftBlock)
+    distill: DistillBlock = Field(default_factory=DistillBlock)
+
+
+class CalibrationBlock(Block):
+    """Which conversations set the activation scales."""
+
+    samples: PositiveInt = Field(default=64, description="Conversations, stratified by category and length.")
+    batch_size: PositiveInt = Field(default=8, description="Conversations per forward.")
+    algorithm: Literal["max"] = Field(default="max", description="How amax follows from what was seen.")
+
+
+class QuantBlock(Block):
+    """What is packed to four bits and how the KV cache is kept."""
+
+    format: Literal["nvfp4"] = Field(default="nvfp4", description="Number format of weights and activations.")
+    kv_cache: Literal["bf16", "fp8"] = Field(default="bf16", description="Number format of the KV cache in NVFP4 arms.")
+    calibration: CalibrationBlock = Field(default_factory=CalibrationBlock)
+
+
+class Arm(Block):
+    """One checkpoint that is served and judged."""
+
+    name: Name = Field(description="Row of the table, folder under export/, file under behavior/.")
+    kind: ArmKind = Field(
+        description="`base` as downloaded, `persona` in BF16, `ptq` plain NVFP4, `distilled` NVFP4 after distillation."
+    )
+    preset: str | None = Field(
+        default=None,
+        description=f"Precision preset of `ptq` and `distilled`: {', '.join(EXPORTABLE_PRESETS)}.",
+        json_schema_extra={"enum": [*PRESETS, None]},
+    )
+
+
+class ServeBlock(Block):
+    """How vLLM serves an arm."""
+
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where vLLM runs.")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="Type of activations in vLLM.")
+    max_model_len: Annotated[int, Field(ge=64)] = Field(
+        default=768, description="Prompt and reply together, in tokens."
+    )
+    max_num_seqs: PositiveInt = Field(default=32, description="Sequences that vLLM decodes together.")
+    kv_cache_gib: Positive = Field(default=1.0, description="Memory for the KV cache on CPU, in GiB.")
+    tool_parser: Annotated[str, Field(min_length=1)] = Field(
+        default="qwen3_coder", description="vLLM's `--tool-call-parser`."
+    )
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=0, description="Port on 127.0.0.1; 0 takes a free one.")
+    startup_timeout_s: Positive = Field(default=300.0, description="Longest wait for health, in seconds.")
+    extra_args: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="Further arguments for vLLM."
+    )
+
+
+class Sampling(Block):
+    """One pass over the suite per seed."""
+
+    name: Name = Field(description="What the gate and the table call this pass.")
+    temperature: NonNegative = Field(default=0.0, description="0 is greedy.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="Nucleus.")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, strict=False)] = Field(
+        default=(0,), description="One pass each."
+    )
+    limit: PositiveInt | None = Field(default=None, description="Only the first n cases; null: all.")
+
+
+class GateBlock(Block):
+    """What the candidate must show against the reference."""
+
+    candidate: str = Field(description="Arm that is judged.")
+    reference: str = Field(description="Arm that it must not fall behind.")
+    sampling: str = Field(default="greedy", description="Pass that counts.")
+    pass_floor: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.90, description="Least pass rate of the candidate."
+    )
+    max_drop: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.03, description="Largest fall against the reference."
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1.0)] = Field(
+        default=0.95, description="Of every interval and decision."
+    )
+
+
+class BehaviorBlock(Block):
+    """The suite, how it is sampled and the gate."""
+
+    suite: Annotated[str, Field(min_length=1)] = Field(description="Name of a shipped suite or a YAML file.")
+    max_tokens: PositiveInt = Field(default=96, description="Longest reply in tokens.")
+    concurrency: PositiveInt = Field(default=16, description="Requests under way together.")
+    sampling: Annotated[tuple[Sampling, ...], Field(min_length=1, strict=False)] = Field(
+        default_factory=lambda: (Sampling(name="greedy"),), description="Passes over the suite."
+    )
+    gate: GateBlock
+
+
+class Recipe(Block):
+    """One run, from conversations to the verdict."""
+
+    name: Name = Field(description="Also the default name of the run.")
+    description: str = Field(default="", description="One sentence for `qat recipes list`.")
+    seed: Seed = Field(default=7, description="Seed of training: initial factors and order of batches.")
+    base: BaseBlock
+    persona: Annotated[str, Field(min_length=1)] = Field(description="Name in data/personas or a YAML file.")
+    data: DataBlock
+    train: TrainBlock = Field(default_factory=TrainBlock)
+    quant: QuantBlock = Field(default_factory=QuantBlock)
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1, strict=False)] = Field(description="Rows of the table.")
+    serve: ServeBlock = Field(default_factory=ServeBlock)
+    behavior: BehaviorBlock
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        faults = cross_faults(self)
+        if faults:
+            text = "; ".join(f"{fault.key_path}: {fault.problem}" for fault in faults)
+            # In braces pydantic would look for context keys, so the text travels as one.
+            raise PydanticCustomError("inconsistent", "{text}", {"text": text, "faults": faults})
+        return self
+
+    @property
+    def distill_adapter(self) -> AdapterBlock:
+        """The adapter of the distillation student."""
+        return self.train.distill.adapter or self.train.adapter
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Presets that need calibration, in the order of the arms."""
+        return tuple(dict.fromkeys(arm.preset for arm in self.arms if arm.preset is not None))
+
+    @property
+    def distilled_presets(self) -> tuple[str, ...]:
+        """Presets that need distillation, in the order of the arms."""
+        presets = (arm.preset for arm in self.arms if arm.kind == "distilled")
+        return tuple(dict.fromkeys(preset for preset in presets if preset is not None))
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the resolved recipe, independent of comments, order of keys and defaults left out."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        for arm in self.arms:
+            if arm.name == name:
+                return arm
+        raise KeyError(name)
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out; `load_recipe` of it gives an equal recipe."""
+        import yaml
+
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

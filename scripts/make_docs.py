@@ -1,0 +1,132 @@
+"""Write docs/recipe.md, the reference of every recipe key, from the schema itself.
+
+Run `python scripts/make_docs.py` after a change of `qat/recipe/schema.py` or of a shipped recipe; a test holds that the
+committed file is what this program writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.recipe.schema import Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGET = ROOT / "docs" / "recipe.md"
+LIBRARY = ROOT / "qat" / "recipe" / "library"
+
+HEAD = """# Recipe reference
+
+*Written by `scripts/make_docs.py` from `qat/recipe/schema.py`; do not edit by hand.*
+
+A recipe is one YAML file. `qat recipes list` names the shipped ones, `qat recipes show NAME` prints one with its
+comments, `qat validate FILE` reports every fault at once (file, line, key, value, what is allowed, nearest name).
+Unknown keys are refused and values are strict (`"3"` is not an integer). Any key can be set on the command line by its
+dotted path: `qat run --recipe annie_tiny --set train.sft.epochs=2`.
+"""
+
+
+def render() -> str:
+    """The whole text of docs/recipe.md."""
+    schema = Recipe.model_json_schema()
+    return "\n".join([HEAD, _library(), *_sections("", schema, schema["$defs"], {})])
+
+
+def _library() -> str:
+    rows = ["## Shipped recipes", "", "| recipe | what it is | arms |", "|---|---|---|"]
+    for path in sorted(LIBRARY.glob("*.yaml")):
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        arms = ", ".join(f"`{arm['name']}`" for arm in recipe["arms"])
+        text = " ".join(recipe.get("description", "").split())
+        rows.append(f"| [`{path.stem}`](../qat/recipe/library/{path.name}) | {_cell(text)} | {arms} |")
+    return "\n".join(rows) + "\n"
+
+
+def _sections(path: str, block: dict[str, Any], blocks: dict[str, Any], shown: dict[str, str]) -> list[str]:
+    """A block as a table, followed by the blocks that its keys hold.
+
+    Args:
+        path: Key path of the block, empty for the whole recipe.
+        block: Its JSON schema.
+        blocks: JSON schema of every block by name.
+        shown: Key path under which each block is described; filled here, so that a second use links to the first.
+    """
+    required = set(block.get("required", ()))
+    head = f"## `{path}`" if path else "## The recipe"
+    rows = [head, "", " ".join(block.get("description", "").split()), ""]
+    rows += ["| key | type | default | meaning |", "|---|---|---|---|"]
+    children: list[tuple[str, str]] = []
+    for key, field in block["properties"].items():
+        full = f"{path}.{key}" if path else key
+        kind, meaning = _type(field), field.get("description", "")
+        for name in _references(field):
+            if name not in shown:
+                shown[name] = full
+                children.append((full, name))
+            kind = f"[{kind}](#{_anchor(shown[name])})"
+            meaning = meaning or blocks[name].get("description", "").split("\n")[0]
+        if "default" in field:
+            default = f"`{json.dumps(field['default'], ensure_ascii=False)}`"
+        else:
+            default = "required" if key in required else "the block's own"
+        rows.append(f"| `{key}` | {kind} | {_cell(default)} | {_cell(meaning)} |")
+    sections = ["\n".join(rows) + "\n"]
+    for full, name in children:
+        sections += _sections(full, blocks[name], blocks, shown)
+    return sections
+
+
+def _references(field: dict[str, Any]) -> list[str]:
+    """Names of the blocks that a field holds, directly, as an alternative or as items of a list."""
+    if "$ref" in field:
+        return [field["$ref"].rsplit("/", 1)[1]]
+    inner = [*field.get("anyOf", ()), *field.get("allOf", ()), *([field["items"]] if "items" in field else [])]
+    return [name for part in inner for name in _references(part)]
+
+
+def _type(field: dict[str, Any]) -> str:
+    """A field's type and range in words."""
+    if "$ref" in field:
+        return "block"
+    if "anyOf" in field:
+        if "enum" in field:
+            return _choices([value for value in field["enum"] if value is not None]) + " or null"
+        return " or ".join(_type(part) for part in field["anyOf"])
+    if "const" in field or "enum" in field:
+        return _choices(field.get("enum", [field.get("const")]))
+    kind: str = field.get("type", "any")
+    if kind == "array":
+        return f"list of {_type(field['items'])}"
+    if "pattern" in field:
+        return f"text matching `{field['pattern']}`"
+    signs = (("exclusiveMinimum", "> "), ("minimum", "≥ "), ("exclusiveMaximum", "< "), ("maximum", "≤ "))
+    bounds = ", ".join(f"{sign}{field[name]}" for name, sign in signs if name in field)
+    words = {"string": "text", "number": "number", "integer": "integer", "boolean": "true or false", "null": "null"}
+    return words[kind] + (f" {bounds}" if bounds else "")
+
+
+def _choices(values: list[object]) -> str:
+    return ", ".join(f"`{value if isinstance(value, str) else json.dumps(value)}`" for value in values)
+
+
+def _anchor(path: str) -> str:
+    """GitHub's anchor of a heading that is one code span."""
+    return re.sub(r"[^a-z0-9_-]", "", path.lower())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def main() -> None:
+    """Write the file."""
+    TARGET.write_text(render(), encoding="utf-8")
+    print(f"wrote {TARGET.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

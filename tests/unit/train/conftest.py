@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.unit.train import world
+
+
+class Small(NamedTuple):
+    """A tiny checkpoint and conversations for it."""
+
+    base: Path
+    train: Path
+    validation: Path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Small:
+    root = tmp_path_factory.mktemp("small")
+    base = world.save_base(root / "base")
+    train = world.save_conversations(root / "train.jsonl", 24, seed=1)
+    validation = world.save_conversations(root / "validation.jsonl", 10, seed=2)
+    return Small(base, train, validation)

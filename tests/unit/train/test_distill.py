@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from qat.calibration import calibrate
+from qat.errors import UserError
+from qat.quant.effective import effective_weight
+from qat.quant.nvfp4 import fake_quant_weight
+from qat.quant.state import QuantState
+from qat.train.adapters import load_adapter
+from qat.train.base import base_sha256, load_base, load_tokenizer
+from qat.train.batches import encode_file
+from qat.train.distill import distill
+from qat.train.divergence import measure
+from qat.train.persona import load_persona
+from qat.train.sft import train_sft
+from qat.train.student import quantize_
+from tests.unit.train import world
+from tests.unit.train.conftest import Small
+
+
+class Trained(NamedTuple):
+    """A persona, its calibration, and a distillation of it."""
+
+    persona: Path
+    calibration: Path
+    student: Path
+    report: dict[str, object]
+
+
+@pytest.fixture(scope="module")
+def trained(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    root = tmp_path_factory.mktemp("trained")
+    recipe = world.recipe(
+        small.base, sft={"epochs": 1}, distill={"max_steps": 24, "learning_rate": 0.002, "eval_every": 8}
+    )
+    train_sft(recipe, small.base, small.train, small.validation, root / "sft")
+    persona = root / "sft" / "adapter"
+    calibrate(recipe, "all", small.base, persona, small.train, root / "calibration")
+    state = root / "calibration" / "quant_state.safetensors"
+    report = distill(recipe, small.base, persona, state, small.train, small.validation, root / "distill")
+    return Trained(persona, state, root / "distill", report.to_json())
+
+
+def test_divergence_is_what_distillation_reports(small: Small, trained: Trained) -> None:
+    """From the files alone, in fresh networks: the persona is at zero, the student exactly where validation left it."""
+    recipe = world.recipe(small.base)
+    arms = {
+        "persona": (None, None),
+        "ptq": (None, trained.calibration),
+        "qad": (trained.student / "adapter", trained.student / "quant_state.safetensors"),
+    }
+    found = measure(recipe, small.base, trained.persona, arms, small.validation)
+    loop = trained.report["loop"]
+    assert isinstance(loop, dict)
+    assert found["persona"].kl == 0.0 and found["persona"].top1 == 1.0
+    assert found["ptq"].kl == loop["first"]
+    assert found["qad"].kl == loop["best"]
+    assert found["qad"].to_json() == trained.report["divergence"]
+    assert 0 < found["qad"].kl < found["ptq"].kl
+    json.dumps(trained.report, allow_nan=False)
+
+
+def test_divergence_by_the_slow_way(small: Small, trained: Trained) -> None:
+    """Whole logits of single rows, the definition of KL in float64, means over tokens and categories."""
+    recipe = world.recipe(small.base)
+    sha256 = base_sha256(small.base)
+    samples = encode_file(small.validation, load_tokenizer(recipe.base, small.base), 64).samples
+    teacher = load_persona(small.base, trained.persona, sha256)
+    student = load_persona(small.base, trained.persona, sha256)
+    quantize_(student, small.base, QuantState.load(trained.calibration))
+    rows: list[tuple[str, float, bool]] = []
+    for sample in samples:
+        ids = torch.tensor([sample.input_ids])
+        with torch.no_grad():
+            p, q = (torch.log_softmax(model(input_ids=ids).logits[0].double(), dim=-1) for model in (teacher, student))
+        for position, label in enumerate(sample.labels[1:]):
+            if label != -100:
+                kl = float((p[position].exp() * (p[position] - q[position])).sum())
+                rows.append((sample.category, kl, bool(p[position].argmax() == q[position].argmax())))
+    found = measure(recipe, small.base, trained.persona, {"ptq": (None, trained.calibration)}, small.validation)["ptq"]
+    assert found.tokens == len(rows) and found.conversations == len(samples)
+    # Activations are bfloat16 and batches round differently, so only a few per cent are asked.
+    assert found.kl == pytest.approx(sum(kl for _, kl, _ in rows) / len(rows), rel=0.05)
+    assert found.top1 == pytest.approx(sum(same for _, _, same in rows) / len(rows), abs=0.03)
+    odd = [kl for category, kl, _ in rows if category == "odd"]
+    assert found.categories["odd"].tokens == len(odd)
+    assert found.categories["odd"].kl == pytest.approx(sum(odd) / len(odd), rel=0.1)
+
+
+def test_ranges_cover_every_effective_weight(small: Small, trained: Trained) -> None:
+    """The state handed to export never clips: amax >= max |W_persona + s B A|, from the adapter's file."""
+    state = QuantState.load(trained.student / "quant_state.safetensors")
+    calibrated = QuantState.load(trained.calibration)
+    assert set(state.modules) == set(calibrated.modules) and state.adapter == "adapter"
+    sha256 = base_sha256(small.base)
+    parent = json.loads((trained.student / "adapter" / "qat_adapter.json").read_text(encoding="utf-8"))["parent_sha256"]
+    persona = load_persona(small.base, trained.persona, sha256)
+    model = load_adapter(persona, trained.student / "adapter", sha256, parent=parent)
+    checked = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer") and not hasattr(module, "parameter_name"):
+            key = name.replace("base_model.model.model.", "backbone.")
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            with torch.no_grad():
+                weight = effective_weight(module.base_layer.weight, a, b, module.scaling["default"])
+            amax = state.modules[key].weight_amax
+            assert float(weight.abs().max()) <= float(amax)
+            assert float(amax) >= float(calibrated.modules[key].weight_amax)
+            assert float(fake_quant_weight(weight, amax).abs().max()) <= float(amax) * 1.01
+            assert torch.equal(state.modules[key].input_amax, calibrated.modules[key].input_amax)
+            checked += 1
+    assert checked == 10
+
+
+def test_ranges_grow_and_are_shared_but_never_shrink(small: Small, trained: Trained) -> None:
+    from qat.recipe.schema import AdapterBlock
+    from qat.train.adapters import attach_adapter
+    from qat.train.ranges import WeightRanges
+
+    model, _ = attach_adapter(
+        load_persona(small.base, trained.persona, base_sha256(small.base)),
+        AdapterBlock(rank=2, alpha=2.0),
+        "nemotron_h",
+        0,
+    )
+    quantize_(model, small.base, QuantState.load(trained.calibration))
+    ranges = WeightRanges(model)
+    before = ranges.tensors()
+    ranges.grow_()
+    assert ranges.growth() == (0, 1.0)
+    layer = model.get_submodule("base_model.model.model.layers.2.mixer.k_proj")
+    with torch.no_grad():
+        layer.lora_B["default"].weight.fill_(3.0)
+    ranges.grow_()
+    grown = ranges.tensors()
+    weight = layer.base_layer.weight
+    with torch.no_grad():
+        factors = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        expected = float(effective_weight(weight, *factors, 1.0).abs().max())
+    for name in "qkv":
+        assert float(grown[f"backbone.layers.2.mixer.{name}_proj"]) == expected
+    assert ranges.growth().modules == 3
+    untouched = [name for name in before if "layers.2." not in name]
+    assert all(torch.equal(before[name], grown[name]) for name in untouched) and len(untouched) == 10
+    with torch.no_grad():
+        layer.lora_B["default"].weight.zero_()
+    ranges.grow_()
+    assert float(ranges.tensors()["backbone.layers.2.mixer.q_proj"]) == expected
+    ranges.load_(before)
+    assert all(torch.equal(before[name], tensor) for name, tensor in ranges.tensors().items())
+
+
+def test_a_state_of_another_base(small: Small, trained: Trained, tmp_path: Path) -> None:
+    other = world.save_base(tmp_path / "other", seed=1)
+    recipe = world.recipe(other)
+    with pytest.raises(UserError, match="another base"):
+        distill(recipe, other, trained.persona, trained.calibration, small.train, small.validation, tmp_path / "out")
+    with pytest.raises(UserError, match="another base"):
+        load_persona(other, trained.persona, base_sha256(other))
+    assert load_base(other) is not None
+
+
+def test_going_on_restores_ranges_and_bytes(
+    small: Small, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off in the middle by an exception, taken up again: same adapter, same ranges."""
+    from qat.train.distill import DistillLoop
+
+    recipe = world.recipe(small.base, distill={"max_steps": 6, "learning_rate": 0.02, "eval_every": 3, "save_every": 2})
+    arguments = (recipe, small.base, trained.persona, trained.calibration, small.train, small.validation)
+    distill(*arguments, tmp_path / "whole")
+    after_step = DistillLoop.after_step
+
+    def stop(self: DistillLoop) -> None:
+        after_step(self)
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(DistillLoop, "after_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments, tmp_path / "broken")
+    monkeypatch.setattr(DistillLoop, "after_step", after_step)
+    report = distill(*arguments, tmp_path / "broken")
+    assert report.loop.resumed_from == 4
+    for name in ("adapter/adapter_model.safetensors", "quant_state.safetensors"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
