@@ -1,6 +1,8 @@
 # Two commands are enough: `make demo` and `make test`. Everything they need, they make.
 
-PYTHON ?= $(or $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3),python3)
+# The first that runs and is new enough; the locks were made with 3.11. Without any, setup says what is missing.
+PYTHON ?= $(or $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && break; done),python3)
 # Any of: TORCH=torch==2.13.0 (requirement or wheel file), QAT_TORCH_INDEX=<index with CPU builds>, QAT_ENGINE=<folder>
 export TORCH QAT_TORCH_INDEX QAT_ENGINE
 export TOKENIZERS_PARALLELISM = false

@@ -1,13 +1,15 @@
 """The chain: one function per stage, each reading the folder of the stage before.
 
-The stages know what they depend on and nothing of each other's inside; colleagues' packages are imported where they are
-used, so that looking at a run needs no torch. `train`, `export_arms`, `judge` and `run_all` put the stages in order.
+The stages know what they depend on and nothing of each other's inside; the packages they use are imported where they
+are used, so that looking at a run needs no torch. `train`, `export_arms`, `judge` and `run_all` put them in order.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -58,11 +60,22 @@ def export_arms(run: Run, arms: Sequence[Arm]) -> list[Path]:
 def judge(run: Run) -> Verdict:
     """Serve each arm in turn, run the suite on it, decide, and write the report."""
     suite = load_suite_of(run.recipe)
+    give_memory_back()
     for arm in run.recipe.arms:
         behavior(run, arm, suite)
     verdict = gate(run, suite)
     report(run)
     return verdict
+
+
+def give_memory_back() -> None:
+    """Return freed memory to the system before a server starts beside this process.
+
+    glibc keeps what training freed (gigabytes of activations) in its arenas; elsewhere there is no such call to make.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 # The stages -----------------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
+# Before anything else is imported: what follows is no syntax for an old interpreter.
 if sys.version_info < (3, 11):
-    sys.exit(
-        "qat needs Python 3.11 or newer, this is %d.%d.\n"
-        "  remedy: install one and name it: make setup PYTHON=python3.11" % sys.version_info[:2]
-    )
+    sys.stderr.write("qat needs Python 3.11 or newer, this is %d.%d.\n" % sys.version_info[:2])
+    sys.stderr.write("  remedy: install one and name it: make setup PYTHON=python3.11\n")
+    sys.exit(2)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -1,8 +1,9 @@
 """Persona conversations and held-out cases, in ten categories, from the same turns.
 
-A conversation is a plan of turns answered in the persona's voice. A case is a plan whose last turn is left to the model: it
-carries the prefix, the tool results to feed and the checks that follow from the last turn's meaning. Training draws from one
-half of the world and cases from the other (`lexicon.held_out`): they share no user turn, and no person, town or topic.
+A conversation is a plan of turns answered in the persona's voice. A case is a plan whose last turn is left to the
+model: it carries the prefix, the tool results to feed and the checks that follow from the last turn's meaning. Training
+draws from one half of the world and cases from the other (`lexicon.held_out`): they share no user turn, and no person,
+town or topic.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ CATEGORIES = (
     "mixed_multiturn", "no_emoji_no_markdown", "tool_result_responses", "no_followup_questions",
 )  # fmt: skip
 
-_SWITCHES = ("Forget that. ", "Never mind. ", "Something else. ", "Another thing. ", "Leave it. ", "Enough of that. ", "Changing the topic. ", "")
+_SWITCHES = (
+    "Forget that. ",
+    "Never mind. ",
+    "Something else. ",
+    "Another thing. ",
+    "Leave it. ",
+    "Enough of that. ",
+    "Changing the topic. ",
+    "",
+)
 _ACTIONS: tuple[t.Maker, ...] = (t.remind, t.remind, t.note, t.code)
 _TALK: tuple[t.Maker, ...] = (t.fact, t.about, t.user_fact, t.kannada, t.mood)
 
@@ -47,7 +57,11 @@ def _topic_switch(d: Draw) -> list[Turn]:
 
 
 def _mixed(d: Draw) -> list[Turn]:
-    plan = [d.rng.choice(_TALK)(d), d.rng.choice((*_ACTIONS, t.lookup))(d), d.rng.choice((t.fact, t.user_fact, _maybe_empty))(d)]
+    plan = [
+        d.rng.choice(_TALK)(d),
+        d.rng.choice((*_ACTIONS, t.lookup))(d),
+        d.rng.choice((t.fact, t.user_fact, _maybe_empty))(d),
+    ]
     if d.rng.random() < 0.5:
         d.rng.shuffle(plan)
     return plan
@@ -70,7 +84,11 @@ _PLANS: dict[str, Callable[[Draw], list[Turn]]] = {
 def tool_call(call: Call, number: int) -> Message:
     """An assistant message with one tool call; arguments are a mapping."""
     function = {"name": call.tool, "arguments": dict(call.arguments)}
-    return {"role": "assistant", "content": "", "tool_calls": [{"id": f"call_{number}", "type": "function", "function": function}]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": f"call_{number}", "type": "function", "function": function}],
+    }
 
 
 def answered(turn: Turn, rng: Random, number: int) -> list[Message]:
@@ -89,7 +107,8 @@ def _draw(persona: Persona, seed: int, held_out: bool) -> Draw:
     if missing:
         raise UserError(
             "the generator needs facts about the user that this persona does not hold",
-            where=f"persona {persona.name}: facts", value=missing, remedy="use a persona of the small world (annie_tiny) or bring your own JSONL",
+            where=f"persona {persona.name}: facts", value=missing,
+            remedy="use a persona of the small world (annie_tiny) or bring your own JSONL",
         )  # fmt: skip
     return Draw(Random(f"{persona.name}/{seed}/{held_out}"), held_out, {k: str(v) for k, v in persona.facts.items()})
 
@@ -99,12 +118,16 @@ def _plans(d: Draw, count: int) -> Iterable[tuple[str, list[Turn]]]:
     seen: set[str] = set()
     for index in range(count):
         category = CATEGORIES[index % len(CATEGORIES)]
-        for attempt in range(400):
+        for _ in range(400):
             plan = _PLANS[category](d)
             if all(turn.user not in seen for turn in plan):
                 break
         else:
-            raise UserError(f"the grammar of category {category!r} has no further distinct turns", value=count, remedy="ask for fewer")
+            raise UserError(
+                f"the grammar of category {category!r} has no further distinct turns",
+                value=count,
+                remedy="ask for fewer",
+            )
         seen.update(turn.user for turn in plan)
         yield category, plan
 
@@ -118,14 +141,17 @@ def conversations(persona: Persona, count: int, seed: int) -> list[dict[str, Any
         messages = [system]
         for turn in plan:
             messages += answered(turn, d.rng, len(messages))
-        made.append({"id": f"{category}-{index:05d}", "category": category, "messages": messages, "tools": persona.tools})
+        made.append(
+            {"id": f"{category}-{index:05d}", "category": category, "messages": messages, "tools": persona.tools}
+        )
     d.rng.shuffle(made)
     return made
 
 
 _MANNERS: list[dict[str, Any]] = [
     {"check": "not_empty"}, {"check": "no_emoji"}, {"check": "no_markdown"}, {"check": "max_sentences", "n": 2},
-    {"check": "max_words", "n": 25}, {"check": "no_follow_up_question"}, {"check": "no_tool_leak"}, {"check": "no_think_leak"},
+    {"check": "max_words", "n": 25}, {"check": "no_follow_up_question"}, {"check": "no_tool_leak"},
+    {"check": "no_think_leak"},
     {"check": "no_role_confusion"}, {"check": "no_prompt_leak"},
 ]  # fmt: skip
 _FORGOT = ["do not remember", "don't remember", "nothing about", "no memory"]
@@ -154,6 +180,17 @@ def _calls(turn: Turn) -> list[dict[str, Any]]:
     return [{"check": "calls", "tool": turn.call.tool, "arguments": arguments}]
 
 
+def _as_json(message: Message) -> Message:
+    """The message with its calls' arguments as JSON text, as the server's interface takes them."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
 def cases(persona: Persona, count: int, seed: int) -> list[dict[str, Any]]:
     """Held-out cases: `count` case records, deterministic by seed, from the half that training never sees."""
     d = _draw(persona, seed, held_out=True)
@@ -165,7 +202,7 @@ def cases(persona: Persona, count: int, seed: int) -> list[dict[str, Any]]:
             messages += answered(turn, d.rng, len(messages))
         last = plan[-1]
         messages.append({"role": "user", "content": last.user})
-        case: dict[str, Any] = {"id": f"{category}-{index:04d}", "category": category, "messages": messages}
+        case: dict[str, Any] = {"id": f"{category}-{index:04d}", "category": category}
         given = category == "tool_result_responses" and last.call is not None
         if last.call is not None and given:  # the call and its result are part of the prefix: only the reply is judged
             messages.append(tool_call(last.call, len(messages)))
@@ -176,8 +213,6 @@ def cases(persona: Persona, count: int, seed: int) -> list[dict[str, Any]]:
         if category == "topic_switch" and "s" in plan[0].say.slots:
             checks.append({"check": "not_mentions", "any": [plan[0].say.slots["s"]]})
         case["checks"] = [*_MANNERS, *checks, *_says(last.say)]
-        for message in messages:
-            for call in message.get("tool_calls", ()):
-                call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        case["messages"] = [_as_json(message) for message in messages]
         made.append(case)
     return made

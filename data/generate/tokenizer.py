@@ -9,7 +9,7 @@ from typing import Any
 VOCAB_SIZE = 3072
 PAD, BOS, EOS, START = "<pad>", "<s>", "<|im_end|>", "<|im_start|>"
 CONTROL = (PAD, BOS, EOS, START)
-# Tags are pieces of their own, and stay visible when special tokens are skipped: the server's tool parser reads them as text.
+# Tags are pieces of their own, and stay visible when special tokens are skipped: the server's tool parser reads text.
 TAGS = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<function=", "</function>", "<parameter=", "</parameter>",
     "<tool_response>", "</tool_response>", "<tools>", "</tools>", "<rules>", "</rules>", "\n<function>\n<name>",
@@ -30,7 +30,8 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(TAGS), special_tokens=list(CONTROL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=VOCAB_SIZE - len(TAGS), special_tokens=list(CONTROL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2, show_progress=False,
     )  # fmt: skip
     bpe.train_from_iterator(_without_tags(texts), trainer)

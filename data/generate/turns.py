@@ -57,12 +57,15 @@ class Draw:
         return tuple(i for i in items if self.held_out is None or lex.held_out(i) == self.held_out)
 
     def person(self) -> str:
+        """A person's name."""
         return self.rng.choice(self._people)
 
     def town(self) -> str:
+        """A town's name."""
         return self.rng.choice(self._towns)
 
     def topic(self) -> str:
+        """Something of the user's that can be asked after."""
         return self.rng.choice(self._topics)
 
     def worded(self, core: str, *, polite: bool = True) -> str:

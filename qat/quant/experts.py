@@ -37,7 +37,7 @@ def projections(module: nn.Module) -> tuple[str, str] | None:
     return first, "down_proj"
 
 
-class QuantFusedExperts(QuantModule):  # type: ignore[misc]  # ModelOpt ships no types
+class QuantFusedExperts(QuantModule):
     """Transformers' fused experts with quantizers; ModelOpt mixes this class into the module's own.
 
     Quantizers are named after the parameter: `up_proj_weight_quantizer`, `up_proj_input_quantizer`, and so on.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class QuantLoraLinear(QuantModule):  # type: ignore[misc]  # ModelOpt ships no types
+class QuantLoraLinear(QuantModule):
     """A linear with LoRA: F.linear(Q(x), Q(effective weight), bias)."""
 
     def _setup(self) -> None:
@@ -52,7 +52,7 @@ class QuantLoraLinear(QuantModule):  # type: ignore[misc]  # ModelOpt ships no t
         return iter(())
 
 
-class QuantParamWrapper(QuantModule):  # type: ignore[misc]  # ModelOpt ships no types
+class QuantParamWrapper(QuantModule):
     """LoRA on a fused expert parameter: hands the effective weight to the experts for one forward."""
 
     def _setup(self) -> None:

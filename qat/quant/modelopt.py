@@ -89,7 +89,7 @@ def _fake_quantize(x: Tensor, quantizer: TensorQuantizer) -> Tensor:
     return quantized
 
 
-class PerExpertMax(MaxCalibrator):  # type: ignore[misc]  # ModelOpt ships no types
+class PerExpertMax(MaxCalibrator):
     """Collects one range per expert from weights of shape (experts, out, in)."""
 
     _calib_amax: Tensor | None

@@ -135,7 +135,7 @@ def _arguments(block: SftBlock | DistillBlock, plan: Plan, folder: Path) -> Trai
     )
 
 
-class Loop(Trainer):  # type: ignore[misc]  # transformers is untyped
+class Loop(Trainer):
     """Trainer with a fixed order of batches and checkpoints of its own; see the module's text.
 
     Args:
@@ -372,7 +372,7 @@ class Loop(Trainer):  # type: ignore[misc]  # transformers is untyped
             self.control.should_save = False
 
 
-class _Cadence(TrainerCallback):  # type: ignore[misc]
+class _Cadence(TrainerCallback):
     """When the loop logs, validates, saves and ends."""
 
     def __init__(self, loop: Loop) -> None:

@@ -1,9 +1,9 @@
 """Pretraining of the embedded tiny base model: a Nemotron-H MoE of 4.4 M parameters, from scratch, on generated text.
 
-BF16 weights with FP32 master copies (what is trained is what is saved), AdamW, cosine schedule, and routing kept even by the
-auxiliary-loss-free rule (Wang et al. 2024, arXiv:2408.15664): after each step the expert bias moves by a fixed amount towards
-the underused experts. Resumable: a checkpoint holds masters, moments and the step; data order and learning rate follow from the
-step alone.
+BF16 weights with FP32 master copies (what is trained is what is saved), AdamW, cosine schedule, and routing kept even
+by the auxiliary-loss-free rule (Wang et al. 2024, arXiv:2408.15664): after each step the expert bias moves by a fixed
+amount towards the underused experts. Resumable: a checkpoint holds masters, moments and the step; data order and
+learning rate follow from the step alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Pretraining:
     corpus_seed: int = 1
     length: int = 512
     batch: int = 128
-    steps: int = 6000
+    steps: int = 3600
     learning_rate: float = 3e-3
     final_learning_rate: float = 3e-5
     warmup: int = 200
@@ -49,15 +49,16 @@ class Pretraining:
 
 
 def tiny_config() -> Any:
-    """The architecture: 4 Mamba-2, 4 MoE (8 routed non-gated relu² experts, 2 active, and a shared one), 2 attention layers."""
+    """4 Mamba-2, 4 MoE (8 routed non-gated relu² experts, 2 active, and a shared one) and 2 attention layers."""
     from transformers import NemotronHConfig
 
     return NemotronHConfig(
-        hybrid_override_pattern="MEM*EMEM*E", vocab_size=VOCAB_SIZE, hidden_size=192, num_attention_heads=6, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=2048, ssm_state_size=32, mamba_num_heads=12, mamba_head_dim=32, n_groups=2, conv_kernel=4,
-        chunk_size=32, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=128, moe_shared_expert_intermediate_size=256,
-        intermediate_size=128, n_shared_experts=1, routed_scaling_factor=2.5, norm_topk_prob=True, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, dtype="bfloat16", initializer_range=0.02,
+        hybrid_override_pattern="MEM*EMEM*E", vocab_size=VOCAB_SIZE, hidden_size=192, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, ssm_state_size=32, mamba_num_heads=12,
+        mamba_head_dim=32, n_groups=2, conv_kernel=4, chunk_size=32, n_routed_experts=8, num_experts_per_tok=2,
+        moe_intermediate_size=128, moe_shared_expert_intermediate_size=256, intermediate_size=128, n_shared_experts=1,
+        routed_scaling_factor=2.5, norm_topk_prob=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        dtype="bfloat16", initializer_range=0.02,
     )  # fmt: skip
 
 
@@ -80,12 +81,13 @@ def build_corpus(settings: Pretraining, tokenizer_folder: Path, workers: int) ->
     """Generate, tokenize and pack the corpus.
 
     Returns:
-        Rows of token ids, uint16 `(rows, length)`, each starting at a document's beginning and padded with 0; and the SHA-256 over the
-        hashes of the text of all shards.
+        Rows of token ids, uint16 `(rows, length)`, each starting at a document's beginning and padded with 0; and the
+        SHA-256 over the hashes of the text of all shards.
     """
     size = 5000
     jobs = [
-        (str(tokenizer_folder), settings.corpus_seed, i, min(i + size, settings.documents)) for i in range(0, settings.documents, size)
+        (str(tokenizer_folder), settings.corpus_seed, i, min(i + size, settings.documents))
+        for i in range(0, settings.documents, size)
     ]
     rows: list[np.ndarray] = []
     digest = hashlib.sha256()
@@ -158,25 +160,41 @@ def _order(rows: int, settings: Pretraining) -> Iterator[np.ndarray]:
 
 
 def pretrain(
-    settings: Pretraining, work: Path, out: Path, *, device: str, workers: int, seconds: float, say: Callable[[str], None] = print
+    settings: Pretraining,
+    work: Path,
+    out: Path,
+    *,
+    device: str,
+    workers: int,
+    seconds: float,
+    say: Callable[[str], None] = print,
 ) -> bool:
     """Pretrain for at most `seconds`; returns whether the model is finished (then it lies in `out`).
 
     Call again with the same `work` to go on.
     """
     if not device.startswith("cuda") and settings.steps > 50:
-        raise UserError("the tiny base is pretrained on a GPU", where="--device", value=device, remedy="use cuda; on two cores it would take a day")
+        raise UserError(
+            "the tiny base is pretrained on a GPU",
+            where="--device",
+            value=device,
+            remedy="use cuda; on two cores it would take a day",
+        )
     begun = time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
     tokenizer_folder = work / "tokenizer"
     if not (tokenizer_folder / "tokenizer.json").exists():
-        train_tokenizer(documents(settings.corpus_seed + 1, 0, settings.tokenizer_documents)).save_pretrained(tokenizer_folder)
+        train_tokenizer(documents(settings.corpus_seed + 1, 0, settings.tokenizer_documents)).save_pretrained(
+            tokenizer_folder
+        )
     rows_file, hash_file = work / "rows.npy", work / "corpus.json"
     if not hash_file.exists():
         rows, text_hash = build_corpus(settings, tokenizer_folder, workers)
         np.save(rows_file, rows)
         tokens = int((rows != 0).sum())
-        hash_file.write_text(json.dumps({"documents": settings.documents, "rows": len(rows), "tokens": tokens, "sha256": text_hash}))
+        hash_file.write_text(
+            json.dumps({"documents": settings.documents, "rows": len(rows), "tokens": tokens, "sha256": text_hash})
+        )
         say(f"corpus: {len(rows)} rows, {tokens / 1e6:.0f} M tokens, {time.monotonic() - begun:.0f} s")
     rows = np.load(rows_file, mmap_mode="r")
     trainer = _Trainer(settings, device, work / "state.safetensors")
@@ -191,7 +209,10 @@ def pretrain(
         loss = trainer.train_step(batch.to(device))
         if trainer.step % 200 == 0:
             spent = time.monotonic() - begun
-            say(f"step {trainer.step} loss {float(loss):.4f} lr {learning_rate(trainer.step, settings):.2e} balance {trainer.balance.worst():.2f} {spent:.0f} s")
+            say(
+                f"step {trainer.step} loss {float(loss):.4f} lr {learning_rate(trainer.step, settings):.2e} "
+                f"balance {trainer.balance.worst():.2f} {spent:.0f} s"
+            )
     trainer.save()
     _finish(trainer.model, tokenizer_folder, out, settings, json.loads(hash_file.read_text()), float(loss))
     return True
@@ -269,7 +290,9 @@ class _Trainer:
         return loss.detach()
 
 
-def _finish(model: Any, tokenizer_folder: Path, out: Path, settings: Pretraining, corpus: dict[str, Any], loss: float) -> None:
+def _finish(
+    model: Any, tokenizer_folder: Path, out: Path, settings: Pretraining, corpus: dict[str, Any], loss: float
+) -> None:
     """Write the checkpoint as transformers does, with the tokenizer and how it was made."""
     from transformers import GenerationConfig, PreTrainedTokenizerFast
 
