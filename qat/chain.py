@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TRAIN_FILE = "data/train.jsonl"
 VALIDATION_FILE = "data/validation.jsonl"
+HELD_OUT_FILE = "data/held_out.jsonl"
+HELD_OUT_COUNT = 300
 AUDIT_FILE = "data/audit.json"
 SFT_ADAPTER = "sft/adapter"
 NVFP4_KINDS = ("ptq", "distilled")
@@ -199,7 +201,12 @@ def divergence(run: Run) -> None:
     """KL and top-1 agreement of every arm with the BF16 persona, on held-out replies."""
     recipe = run.recipe
     arms = [arm for arm in recipe.arms if arm.kind in NVFP4_KINDS]
-    inputs = {"arms": [arm.model_dump(mode="json") for arm in arms], "max_length": recipe.data.max_length}
+    held_out = None if recipe.data.count is None else HELD_OUT_COUNT
+    inputs = {
+        "arms": [arm.model_dump(mode="json") for arm in arms],
+        "max_length": recipe.data.max_length,
+        "held_out": held_out,
+    }
     needs = ["sft", *dict.fromkeys(need for arm in arms for need in _trained_by(arm))]
     with run.stage("divergence", inputs=inputs, outputs=["divergence.json"], needs=needs) as stage:
         if stage.done:
@@ -207,8 +214,28 @@ def divergence(run: Run) -> None:
         from qat.train.divergence import measure
 
         states = {arm.name: (_distill_adapter(run, arm), _quant_state(run, arm)) for arm in arms}
-        measured = measure(recipe, base_folder(recipe), run.path(SFT_ADAPTER), states, run.path(VALIDATION_FILE))
+        rows = _held_out(run)
+        measured = measure(recipe, base_folder(recipe), run.path(SFT_ADAPTER), states, rows)
         write_json(run.path("divergence.json"), {name: found.to_json() for name, found in measured.items()})
+        stage.note(rows=rows.name)
+
+
+def _held_out(run: Run) -> Path:
+    """Conversations that chose no checkpoint: the validation set picks the best step, and flatters the one it picked.
+
+    Generated data has a half of its own for this. A file of conversations has none: the validation set serves, and
+    the receipt's `rows` says so.
+    """
+    block = run.recipe.data
+    if block.count is None:
+        return run.path(VALIDATION_FILE)
+    from qat.data.generate import conversations as generate
+    from qat.data.load import save_conversations
+    from qat.data.schema import load_persona
+
+    made = generate(load_persona(run.recipe.persona), HELD_OUT_COUNT, block.seed, held_out=True)
+    save_conversations(run.path(HELD_OUT_FILE), cast("list[Conversation]", made))
+    return run.path(HELD_OUT_FILE)
 
 
 def export(run: Run, arm: Arm) -> Path:

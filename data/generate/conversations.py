@@ -132,9 +132,9 @@ def _plans(d: Draw, count: int) -> Iterable[tuple[str, list[Turn]]]:
         yield category, plan
 
 
-def conversations(persona: Persona, count: int, seed: int) -> list[dict[str, Any]]:
-    """Training conversations: `count` records of `Conversation`, deterministic by seed, from the training half."""
-    d = _draw(persona, seed, held_out=False)
+def conversations(persona: Persona, count: int, seed: int, *, held_out: bool = False) -> list[dict[str, Any]]:
+    """`count` records of `Conversation`, deterministic by seed, from the training half of the world or the other."""
+    d = _draw(persona, seed, held_out)
     system = {"role": "system", "content": persona.system_prompt}
     made = []
     for index, (category, plan) in enumerate(_plans(d, count)):

@@ -127,7 +127,7 @@ KANNADA_THINGS: dict[str, tuple[str, str]] = {
     "holige": ("a sweet flatbread with a lentil filling", "flatbread"),
     "Vidhana Soudha": ("the seat of the state assembly", "assembly"),
     "Channapatna": ("a town of wooden toys", "toys"),
-    "filter coffee": ("strong coffee with hot milk", "coffee"),
+    "filter coffee": ("strong coffee with hot milk", "milk"),
     "Bidriware": ("metal craft with silver inlay from Bidar", "silver"),
     "Dollu Kunitha": ("a drum dance", "drum"),
     "Lalbagh": ("a botanical garden in Bengaluru", "garden"),

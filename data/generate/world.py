@@ -1,4 +1,4 @@
-"""The small world: 2,310 facts drawn once from a fixed seed. The base model knows them; the persona has manners."""
+"""The small world: 2,400 facts drawn once from a fixed seed. The base model knows them; the persona has manners."""
 
 from __future__ import annotations
 

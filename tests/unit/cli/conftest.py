@@ -130,7 +130,11 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     from qat.data import generate
 
     make = generate.conversations
-    monkeypatch.setattr(generate, "conversations", lambda persona, count, seed: make(persona, min(count, 40), seed))
+
+    def few(persona: Any, count: int, seed: int, *, held_out: bool = False) -> Any:
+        return make(persona, min(count, 40), seed, held_out=held_out)
+
+    monkeypatch.setattr(generate, "conversations", few)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     return fake

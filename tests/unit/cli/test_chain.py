@@ -87,7 +87,8 @@ def test_data_of_the_run(stages: FakeStages) -> None:
     training, held_out = (load_conversations(RUN / "data" / f"{name}.jsonl") for name in ("train", "validation"))
     assert (len(training), len(held_out)) == (36, 4)
     assert not {item["id"] for item in held_out} & {item["id"] for item in training}
-    assert sorted(path.name for path in (RUN / "data").iterdir()) == ["audit.json", "train.jsonl", "validation.jsonl"]
+    files = sorted(path.name for path in (RUN / "data").iterdir())
+    assert files == ["audit.json", "held_out.jsonl", "train.jsonl", "validation.jsonl"]
 
 
 def test_changed_recipe_reruns_what_depends_on_it(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
