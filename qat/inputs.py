@@ -78,10 +78,14 @@ def base_folder(recipe: Recipe) -> Path:
 
 
 def base_identity(recipe: Recipe) -> dict[str, Any]:
-    """What decides which base it is, wherever it lies."""
+    """What decides which base it is, wherever it lies; its model card does not."""
     folder = base_folder(recipe)
     block = recipe.base.model_dump(mode="json", exclude={"model", "revision", "chat_template"})
-    return {**block, "files": files_digest(path for path in folder.iterdir() if path.is_file()), **_template(recipe)}
+    return {
+        **block,
+        "files": files_digest(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"),
+        **_template(recipe),
+    }
 
 
 def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:
