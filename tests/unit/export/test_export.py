@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,7 @@ def modelopt_checkpoint(base: Path, out: Path) -> dict[str, Any]:
         shared = torch.stack([amaxes[member] for member in members]).max()
         for member in members:
             amaxes[member].copy_(shared)
-    found = {name: amax.float().clone() for name, amax in amaxes.items()}
+    found = {name: amax.float().tolist() for name, amax in amaxes.items()}
     export_hf_checkpoint(model, export_dir=out)
     return found
 
@@ -148,7 +150,10 @@ def state_from_modelopt(base: Path, amaxes: dict[str, Any], path: Path) -> Path:
 
 def test_nvfp4_export_equals_modelopt(persona: Persona, tmp_path: Path) -> None:
     """Same amax, same base: every byte of every tensor and the quantization configuration as ModelOpt writes them."""
-    amaxes = modelopt_checkpoint(persona.base, tmp_path / "modelopt")
+    # ModelOpt keeps one registry of quantized modules a process, and other tests have put qat's into it.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as clean:
+        found = clean.submit(modelopt_checkpoint, persona.base, tmp_path / "modelopt").result()
+    amaxes = {name: torch.tensor(values) for name, values in found.items()}
     state = state_from_modelopt(persona.base, amaxes, tmp_path / "state.safetensors")
     report = export_checkpoint(persona.base, tmp_path / "out", quant_state=state)
     assert raw(tmp_path / "out") == raw(tmp_path / "modelopt")
