@@ -37,7 +37,10 @@ def measurements(run: Path) -> dict[str, Any]:
             "flips_worse": len(found["flips_worse"]),
             "flips_better": len(found["flips_better"]),
         }
-        for found in (*verdict["comparisons"], *verdict["sampling_comparisons"])
+        for found in (
+            *verdict["comparisons"],
+            *(row for rows in verdict["sampling_comparisons"].values() for row in rows),
+        )
     ]
     return {
         "command": f"qat run --recipe {receipt['recipe']['name']}",
