@@ -85,7 +85,7 @@ def test_what_was_trained_is_what_was_exported(whole: tuple[Path, int]) -> None:
         report = json.loads((run / "export" / arm / "export.json").read_text())
         assert report["verification"]["differing_bytes"] == 0 and report["verification"]["faults"] == []
         assert bool(report["packed"]) == (arm != "bf16")
-    assert hashes(run, "nvfp4_all_ptq") != hashes(run, "nvfp4_all_qad")
+        assert len(report["adapters"]) == (2 if arm == "nvfp4_all_qad" else 1)
 
 
 @pytest.mark.engine
