@@ -147,5 +147,8 @@ def test_a_killed_run_ends_with_the_same_bytes(whole: tuple[Path, int], tmp_path
         assert done.returncode == 0, done.stderr[-2000:]
     for arm in ARMS:
         assert hashes(mine, arm) == hashes(run, arm)
-    adapter = "distill/all/adapter/adapter_model.safetensors"
-    assert (mine / adapter).read_bytes() == (run / adapter).read_bytes()
+    # Six steps need not beat plain NVFP4, and then the adapter handed over is the untrained one: the last step's
+    # factors, moments and ranges are what a kill could have changed.
+    for last in ("sft/checkpoints/checkpoint-7", "distill/all/checkpoints/checkpoint-6"):
+        tensors = f"{last}/tensors.safetensors"
+        assert (mine / tensors).read_bytes() == (run / tensors).read_bytes()
