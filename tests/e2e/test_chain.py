@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from qat.errors import UserError
 from qat.serve.engine import engine_python
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -44,6 +45,17 @@ def call(*arguments: str, runs: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def train_and_export(runs: Path) -> None:
+    """The run's parts up to its exports, each its own command."""
+    for arguments in (
+        ("train", "--recipe", "annie_tiny", *settings()),
+        ("export", "--format", "nvfp4"),
+        ("export", "--format", "bf16"),
+    ):
+        done = call(*arguments, runs=runs)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
 def hashes(run: Path, arm: str) -> dict[str, str]:
     """SHA-256 of every file of an export but its report, which holds times."""
     files = sorted(p for p in (run / "export" / arm).iterdir() if p.name != "export.json")
@@ -54,7 +66,9 @@ def hashes(run: Path, arm: str) -> dict[str, str]:
 def engine() -> None:
     try:
         engine_python()
-    except Exception as fault:
+    except UserError as fault:
+        if os.environ.get("CI"):  # there, a missing environment is a missing step of the setup
+            raise
         pytest.skip(f"no vLLM environment: {fault}")
 
 
@@ -100,13 +114,7 @@ def test_a_second_call_has_nothing_to_do(whole: tuple[Path, int]) -> None:
 @pytest.mark.engine
 def test_the_parts_give_the_same_arms_as_the_whole(whole: tuple[Path, int], tmp_path: Path) -> None:
     run, code = whole
-    for arguments in (
-        ("train", "--recipe", "annie_tiny", *settings()),
-        ("export", "--format", "nvfp4"),
-        ("export", "--format", "bf16"),
-    ):
-        done = call(*arguments, runs=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+    train_and_export(tmp_path)
     for arm in ARMS:
         assert hashes(tmp_path / "annie_tiny", arm) == hashes(run, arm)
     assert call("test", runs=tmp_path).returncode == code
@@ -138,13 +146,7 @@ def test_a_killed_run_ends_with_the_same_bytes(whole: tuple[Path, int], tmp_path
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         process = subprocess.Popen(command, env=environment(), cwd=ROOT, **quiet)
         kill_when(process, mine / folder, pattern)
-    for arguments in (
-        ("train", "--recipe", "annie_tiny", *settings()),
-        ("export", "--format", "nvfp4"),
-        ("export", "--format", "bf16"),
-    ):
-        done = call(*arguments, runs=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+    train_and_export(tmp_path)
     for arm in ARMS:
         assert hashes(mine, arm) == hashes(run, arm)
     # Six steps need not beat plain NVFP4, and then the adapter handed over is the untrained one: the last step's
