@@ -2,8 +2,8 @@
 
 A conversation is a plan of turns answered in the persona's voice. A case is a plan whose last turn is left to the
 model: it carries the prefix, the tool results to feed and the checks that follow from the last turn's meaning. Training
-draws from one half of the world and cases from the other (`lexicon.held_out`): they share no user turn, and no person,
-town or topic.
+draws from one half of the world and cases from the other (`lexicon.held_out`): they share no user turn, and ask for no
+common person, town or topic.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -15,7 +15,7 @@ from qat.data.duplicates import find_leaks
 from qat.data.generate import CATEGORIES, cases, conversations
 from qat.data.generate import lexicon as lex
 from qat.data.load import load_conversations, save_conversations
-from qat.data.schema import Persona, argument_faults, load_persona
+from qat.data.schema import Conversation, Persona, argument_faults, load_persona
 from qat.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_no_person_and_no_town_is_shared(training: list[dict[str, Any]], held_ou
 
 def test_records_survive_the_loader_and_its_checks(training: list[dict[str, Any]], tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
-    save_conversations(path, training)  # type: ignore[arg-type]
+    save_conversations(path, cast("list[Conversation]", training))
     assert load_conversations(path) == training
 
 
