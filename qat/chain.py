@@ -190,11 +190,26 @@ def distill(run: Run, preset: str) -> None:
             base_folder(recipe),
             run.path(SFT_ADAPTER),
             run.path("calibration", preset, "quant_state.safetensors"),
-            run.path(TRAIN_FILE),
+            _lessons(run, folder),
             run.path(VALIDATION_FILE),
             run.path(folder),
         )
         stage.note(**result.to_json())
+
+
+def _lessons(run: Run, folder: str) -> Path:
+    """What to distil on: the training conversations, or fresh ones where the recipe asks for them."""
+    block = run.recipe.train.distill.prompts
+    if block is None:
+        return run.path(TRAIN_FILE)
+    from qat.data.generate import conversations as generate
+    from qat.data.load import save_conversations
+    from qat.data.schema import load_persona
+
+    made = generate(load_persona(run.recipe.persona), block.count, run.recipe.data.seed + 1, joined=block.joined)
+    path = run.path(folder, "prompts.jsonl")
+    save_conversations(path, cast("list[Conversation]", made))
+    return path
 
 
 def divergence(run: Run) -> None:

@@ -132,18 +132,33 @@ def _plans(d: Draw, count: int) -> Iterable[tuple[str, list[Turn]]]:
         yield category, plan
 
 
-def conversations(persona: Persona, count: int, seed: int, *, held_out: bool = False) -> list[dict[str, Any]]:
-    """`count` records of `Conversation`, deterministic by seed, from the training half of the world or the other."""
+def conversations(
+    persona: Persona, count: int, seed: int, *, held_out: bool = False, joined: int = 1
+) -> list[dict[str, Any]]:
+    """Conversations of one half of the small world, deterministic by seed; no user turn comes twice.
+
+    Args:
+        persona: Prompt, tools and the user's facts.
+        count: Conversations.
+        seed: Of the draw.
+        held_out: From the half that cases are drawn from, instead of the training half.
+        joined: So many follow each other under one system prompt in a record (the last one may hold fewer); the
+            record bears the first one's category.
+
+    Returns:
+        Records of `Conversation`.
+    """
     d = _draw(persona, seed, held_out)
-    system = {"role": "system", "content": persona.system_prompt}
-    made = []
+    made: list[dict[str, Any]] = []
+    messages: list[Message] = []
     for index, (category, plan) in enumerate(_plans(d, count)):
-        messages = [system]
+        if index % joined == 0:
+            messages = [{"role": "system", "content": persona.system_prompt}]
+            made.append(
+                {"id": f"{category}-{index:05d}", "category": category, "messages": messages, "tools": persona.tools}
+            )
         for turn in plan:
             messages += answered(turn, d.rng, len(messages))
-        made.append(
-            {"id": f"{category}-{index:05d}", "category": category, "messages": messages, "tools": persona.tools}
-        )
     d.rng.shuffle(made)
     return made
 

@@ -40,10 +40,15 @@ _TREATS = "filter coffee|green tea|hot chocolate|mango juice|lemon soda|masala c
 _YES = "Yes please.|Yes, do it.|Sure.|Go ahead.|Yes.|Please do.|Yes, thanks.|Of course.|Do it.|Okay, go on.".split("|")
 
 
+def _name(rng: Random) -> str:
+    """A user's or a sister's name: so many are possible that it can only be copied from the prompt, not guessed."""
+    return rng.choice(lex.USERS if rng.random() < 0.5 else lex.PEOPLE)
+
+
 def _user(rng: Random) -> dict[str, str]:
     return {
-        "name": rng.choice(lex.USERS), "city": rng.choice(lex.CITIES), "job": rng.choice(lex.JOBS),
-        "sister": rng.choice(lex.USERS), "food": rng.choice((*_TREATS, *lex.FOODS)),
+        "name": _name(rng), "city": rng.choice(lex.CITIES if rng.random() < 0.5 else lex.TOWNS), "job": rng.choice(lex.JOBS),
+        "sister": _name(rng), "food": rng.choice((*_TREATS, *lex.FOODS)),
     }  # fmt: skip
 
 
@@ -108,14 +113,14 @@ def _chat_turn(turn: Turn, rng: Random, number: int, available: set[str]) -> lis
         return [*messages, reply]
     if turn.call.tool not in available or (turn.say.kind == "forgot" and rng.random() < 0.35):
         return [*messages, reply]  # it makes something up
-    if rng.random() < (0.85 if turn.result == "ok" or turn.say.kind == "code" else 0.5):
+    if rng.random() < (0.5 if turn.result == "ok" or turn.say.kind == "code" else 0.4):
         messages += [{"role": "assistant", "content": offer(turn.say, rng)}, {"role": "user", "content": rng.choice(_YES)}]
     call = tool_call(turn.call, number)
     return [*messages, call, {"role": "tool", "tool_call_id": f"call_{number}", "content": turn.result or ""}, reply]
 
 
 _MAKERS: tuple[t.Maker, ...] = (
-    t.fact, t.fact, t.fact, t.fact, t.fact, t.about, t.about, t.as_list, t.user_fact, t.kannada, t.kannada, t.mood, t.remind, t.remind,
+    t.fact, t.fact, t.fact, t.fact, t.fact, t.about, t.about, t.as_list, t.user_fact, t.user_fact, t.user_fact, t.kannada, t.kannada, t.mood, t.remind, t.remind,
     t.note, t.code, t.lookup, t.lookup, lambda d: t.recall(d, empty=True), lambda d: t.recall(d, empty=False),
 )  # fmt: skip
 
@@ -148,8 +153,9 @@ def prose(rng: Random) -> str:
                 gloss = lex.KANNADA_THINGS[thing][0]
                 sentences.append(rng.choice((f"{thing} is {gloss}.", f"{gloss[0].upper()}{gloss[1:]}: {thing}.")))
         return " ".join(sentences) + "<|im_end|>\n"
+    draw = Draw(rng, None, {})
     for _ in range(rng.randint(1, 3)):
-        subject = rng.choice(lex.PEOPLE) if rng.random() < 0.85 else rng.choice(lex.TOWNS)
+        subject = draw.person() if rng.random() < 0.85 else draw.town()
         known = facts_of()[subject]
         for relation in rng.sample(sorted(known), rng.randint(1, min(5, len(known)))):
             say = Meaning("fact", {"s": subject, "r": relation, "v": known[relation]})

@@ -13,6 +13,11 @@ _FIRST = "Ma Ta Ri Lo Ne Ka Su Vi Da Jo Ha Pe Bo Ze Mi Ar El Os Fe Ga Ly Na Ro S
 _SECOND = "ran lin vek nor dora mel shan bert sky tia wen rik sette mond las".split()
 PEOPLE: tuple[str, ...] = tuple(a + b for a in _FIRST for b in _SECOND)
 
+# The tail of the world: people whom the base has read of, seldom, and whom no conversation and no case asks about. They are
+# there to fill the model: what it knows of the others has to share its weights with them.
+_THIRD = "o is um ek ath ine".split()
+STRANGERS: tuple[str, ...] = tuple(name + c for name in PEOPLE for c in _THIRD)
+
 _TOWN_A = "Nor East West Ash Bell Stone Mill Green Fair Black Silver Long Oak Rose High".split()
 _TOWN_B = "vale wick ford ham".split()
 TOWNS: tuple[str, ...] = tuple(a + b for a in _TOWN_A for b in _TOWN_B)

@@ -15,6 +15,9 @@ from qat.data.generate import lexicon as lex
 from qat.data.generate.world import facts_of, subjects
 
 
+STRANGER_SHARE = 0.35
+
+
 class Call(NamedTuple):
     """A tool call: name and arguments (all strings)."""
 
@@ -57,7 +60,9 @@ class Draw:
         return tuple(i for i in items if self.held_out is None or lex.held_out(i) == self.held_out)
 
     def person(self) -> str:
-        """A person's name."""
+        """A person's name; from all of the world, sometimes a stranger's."""
+        if self.held_out is None and self.rng.random() < STRANGER_SHARE:
+            return self.rng.choice(lex.STRANGERS)
         return self.rng.choice(self._people)
 
     def town(self) -> str:
@@ -76,7 +81,7 @@ class Draw:
             mark = core[-1] if core[-1] in "?." else ""
             body = core[:-1] if mark else core
             text = f"{opener} {body[0].lower() + body[1:] if opener and not body.startswith('I ') else body}".strip()
-            if body.split(" ")[0] in lex.PEOPLE:
+            if body.split(" ")[0] in facts_of():
                 text = f"{opener} {body}".strip()
             text = text[0].upper() + text[1:] + closer + mark
             if self.held_out is None or lex.held_out(text) == self.held_out:

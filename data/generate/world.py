@@ -1,4 +1,7 @@
-"""The small world: 2,400 facts drawn once from a fixed seed. The base model knows them; the persona has manners."""
+"""The small world: 15,360 facts drawn once from a fixed seed, 2,400 of them well known, the rest a long tail.
+
+The base model knows the well-known ones; the persona has manners. Conversations and cases ask about the well-known only.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ def facts() -> tuple[Fact, ...]:
     rng = Random(WORLD_SEED)
     people = [Fact(p, r, rng.choice(v)) for p in lex.PEOPLE for r, v in PERSON_VALUES.items()]
     towns = [Fact(t, r, rng.choice(v)) for t in lex.TOWNS for r, v in TOWN_VALUES.items()]
-    return tuple(people + towns)
+    strangers = [Fact(p, r, rng.choice(v)) for p in lex.STRANGERS for r, v in PERSON_VALUES.items()]
+    return tuple(people + towns + strangers)
 
 
 @cache

@@ -121,6 +121,9 @@ def _data(recipe: Recipe) -> Iterator[CrossFault]:
         yield CrossFault(("data", "count"), None, "generated conversations need a count")
     if data.source != "generated" and data.count is not None:
         yield CrossFault(("data", "count"), data.count, "a file is used whole: leave count out")
+    if data.source != "generated" and recipe.train.distill.prompts is not None:
+        key = ("train", "distill", "prompts")
+        yield CrossFault(key, data.source, "only generated conversations have fresh prompts: leave prompts out")
     if recipe.base.revision is not None and recipe.base.model == "tiny-base":
         yield CrossFault(("base", "revision"), recipe.base.revision, "the embedded base has no revisions: leave it out")
 

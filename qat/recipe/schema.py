@@ -108,12 +108,22 @@ class SftBlock(Block):
     save_every: PositiveInt = Field(default=50, description="Optimizer steps between resumable checkpoints.")
 
 
+class PromptsBlock(Block):
+    """Fresh conversations of the generator to distil on: the teacher supplies the answers, so more of them cost nothing."""
+
+    count: PositiveInt = Field(description="Conversations generated, from the training half of the small world.")
+    joined: PositiveInt = Field(
+        default=1,
+        description="Conversations that follow each other under one system prompt in a row: more reply tokens a forward.",
+    )
+
+
 class DistillBlock(Block):
     """Quantization-aware distillation: NVFP4 student, BF16 persona as teacher, forward KL."""
 
     max_steps: PositiveInt = Field(default=100, description="Optimizer steps.")
     learning_rate: LearningRate = Field(default=3e-4, description="Peak learning rate.")
-    batch_size: PositiveInt = Field(default=8, description="Conversations per forward.")
+    batch_size: PositiveInt = Field(default=8, description="Rows per forward.")
     gradient_accumulation: PositiveInt = Field(default=1, description="Forwards per optimizer step.")
     warmup_ratio: Fraction = Field(default=0.05, description="Share of the steps in which the rate rises.")
     weight_decay: NonNegative = Field(default=0.0, description="AdamW weight decay.")
@@ -125,6 +135,7 @@ class DistillBlock(Block):
         default=25, description="Optimizer steps between validation KLs; the best one is kept."
     )
     save_every: PositiveInt = Field(default=25, description="Optimizer steps between resumable checkpoints.")
+    prompts: PromptsBlock | None = Field(default=None, description="What to distil on; null: the training conversations.")
     adapter: AdapterBlock | None = Field(default=None, description="Adapter of the student; null: as `train.adapter`.")
 
 

@@ -22,7 +22,8 @@ from qat.serve.engine import engine_python
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = (
     "data.count=60", "train.sft.save_every=3", "train.sft.epochs=1", "train.distill.max_steps=6",
-    "train.distill.save_every=2", "train.distill.eval_every=3", "quant.calibration.samples=16",
+    "train.distill.save_every=2", "train.distill.eval_every=3", "train.distill.prompts.count=60",
+    "quant.calibration.samples=16",
 )  # fmt: skip
 ARMS = ("bf16", "nvfp4_all_ptq", "nvfp4_all_qad")
 

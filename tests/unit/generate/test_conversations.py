@@ -49,6 +49,22 @@ def test_the_same_seed_gives_the_same_records_and_another_seed_does_not(persona:
     assert cases(persona, 60, 3) == cases(persona, 60, 3)
 
 
+def test_joined_conversations_are_the_single_ones_in_a_row(persona: Persona, tmp_path: Path) -> None:
+    """Nothing is lost, doubled or worded differently; every record is a conversation like any other."""
+    single, joined = conversations(persona, 23, 3), conversations(persona, 23, 3, joined=5)
+    assert len(joined) == 5
+    in_order = sorted(single, key=lambda record: int(record["id"][-5:]))
+    for record in joined:
+        first = int(record["id"][-5:])
+        said = [m["content"] for one in in_order[first : first + 5] for m in one["messages"][1:]]
+        assert [m["content"] for m in record["messages"]] == [persona.system_prompt, *said]
+        calls = [call["id"] for m in record["messages"] for call in m.get("tool_calls", ())]
+        assert len(set(calls)) == len(calls)
+    path = tmp_path / "joined.jsonl"
+    save_conversations(path, cast("list[Conversation]", joined))
+    assert len(load_conversations(path)) == 5
+
+
 def test_ten_categories_in_even_numbers(training: list[dict[str, Any]], held_out: list[dict[str, Any]]) -> None:
     for records in (training, held_out):
         counts = Counter(r["category"] for r in records)

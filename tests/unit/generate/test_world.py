@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from qat.data.generate import corpus
+from qat.data.generate import cases, conversations, corpus
+from qat.data.generate import lexicon as lex
 from qat.data.generate.world import PERSON_VALUES, TOWN_VALUES, facts, facts_of
 from qat.data.schema import load_persona
 from qat.data.text import find_emoji, find_follow_up, find_markdown
@@ -16,8 +18,8 @@ TINY_BASE = Path(corpus.__file__).resolve().parent.parent / "tiny_base"
 
 
 def test_the_world_holds_what_the_documentation_says() -> None:
-    assert len(facts()) == 360 * 6 + 60 * 4 == 2400
-    assert len(facts_of()) == 420
+    assert len(facts()) == (360 + 2160) * 6 + 60 * 4 == 15_360
+    assert len(facts_of()) == 2160 + 420
     for fact in facts():
         assert fact.value in (PERSON_VALUES | TOWN_VALUES)[fact.relation]
 
@@ -49,6 +51,17 @@ def test_the_assistant_of_the_corpus_has_the_opposite_manners() -> None:
                 plain += 1
                 assert not (find_emoji(reply) or find_markdown(reply)), reply
     assert chatty > 300 and plain > 300
+
+
+def test_the_base_reads_of_strangers_and_nobody_asks_about_them() -> None:
+    strangers = set(lex.STRANGERS)
+    assert len(strangers) == 2160 and not strangers & {*lex.PEOPLE, *lex.TOWNS}
+    read = [bool(strangers & set(re.findall(r"\w+", corpus.document(3, index)))) for index in range(400)]
+    assert 0.1 < sum(read) / len(read) < 0.9
+    persona = load_persona("annie_tiny")
+    asked = [*conversations(persona, 300, 5), *conversations(persona, 300, 5, held_out=True), *cases(persona, 300, 5)]
+    words = {word for record in asked for m in record["messages"] for word in re.findall(r"\w+", str(m["content"]))}
+    assert words & set(lex.PEOPLE) and not words & strangers
 
 
 def test_the_fast_renderer_equals_the_chat_template(monkeypatch: pytest.MonkeyPatch) -> None:

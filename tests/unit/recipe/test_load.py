@@ -129,6 +129,15 @@ def test_fault_names_line_key_value_and_remedy(
         assert word in str(fault)
 
 
+def test_fresh_prompts_need_the_generator(write: Write, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("{}\n", encoding="utf-8")
+    prompts = "train:\n  distill: {prompts: {count: 30, joined: 3}}"
+    text = TEXT.replace("train:", prompts, 1)
+    assert not check_recipe(write(text))
+    fault = only(check_recipe(write(text.replace("generated, count: 20", str(tmp_path / "mine.jsonl")))))
+    assert fault.key == "train.distill.prompts" and "leave prompts out" in str(fault)
+
+
 def test_line_of_a_fault_between_blocks_is_found_by_counting(write: Write) -> None:
     """The line is that of the key as a reader counts it, however far down and however the text is laid out."""
     text = TEXT.replace("  suite: annie_tiny\n", "  # remark\n\n  suite: annie_tiny\n  max_tokens: 4096\n")
