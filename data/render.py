@@ -26,6 +26,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qat.data.schema import Conversation, Message, Tool
+from qat.data.templates import HTML_QUOTE, require_bounded
 from qat.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,8 +76,8 @@ def render(
 
     Raises:
         HistoryRewritten: The template changes an earlier turn when later ones follow.
-        UserError: No template, the template refuses the conversation or leaves part of it out, a turn without
-            end-of-turn token, or no supervised token (left).
+        UserError: No template, one that does not end or is no Jinja, the template refuses the conversation or leaves
+            part of it out, a turn without end-of-turn token, or no supervised token (left).
     """
     messages = conversation["messages"]
     turns = [position for position, message in enumerate(messages) if message["role"] == "assistant"]
@@ -175,6 +176,7 @@ class _Source:
             raise UserError(
                 "The tokenizer has no chat template.", where=str(tokenizer.name_or_path), value=str(error)
             ) from error
+        require_bounded(template)
         self.marked = bool(_MARKER.search(template))
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
@@ -272,6 +274,12 @@ class _Source:
         for position, message in enumerate(messages):
             if not any(form in whole for form in _forms(message["content"].strip())):
                 raise self._left_out(f"the content of messages[{position}] ({message['role']})")
+        if HTML_QUOTE in whole and HTML_QUOTE not in json.dumps(self._conversation):
+            raise UserError(
+                f"The chat template writes {HTML_QUOTE} for quotes: neither the server's parser nor anyone reads that.",
+                where=self._where,
+                remedy="take `|safe` out of the template, or choose another base.chat_template",
+            )
 
     def _left_out(self, what: str) -> UserError:
         return UserError(

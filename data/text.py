@@ -95,7 +95,7 @@ def split_sentences(text: str) -> list[str]:
 def _ends_sentence(line: str, stop: int, after: int) -> bool:
     if line[stop] != "." or line[stop : stop + 2] == "..":
         return True
-    word = regex.split(r"[\s(\"'“‘]", line[:stop])[-1]
+    word = regex.split(r"[\s(\"'“‘]", line[max(0, stop - 40) : stop])[-1]  # no abbreviation is longer
     if _NEVER_LAST.fullmatch(word) or (len(word) == 1 and word.isupper()):
         return False
     if _MAYBE_LAST.fullmatch(word):

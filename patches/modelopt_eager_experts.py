@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from qat.patches.protocol import ProbeResult, Status
+from qat.patches.protocol import Place, ProbeResult, Status
 from qat.patches.registry import register
 
 _FUNCTION = "force_eager_experts_impl_on_the_fly"
@@ -21,10 +21,17 @@ class ModelOptEagerExperts:
     name = "modelopt_eager_experts"
     title = "ModelOpt sets config._experts_implementation to eager"
     breaks = (
-        "The unquantized forward (the teacher) runs the loop over experts: 3 times slower on a GPU, other rounding."
+        "Silent: the unquantized forward (the teacher) runs the loop over experts, 3 times slower on a GPU and with "
+        "other rounding."
     )
     upstream = "modelopt/torch/quantization/plugins/huggingface.py: force_eager_experts_impl_on_the_fly"
     affects = "nvidia-modelopt 0.47"
+    libraries = ("nvidia-modelopt", "transformers")
+    place = Place.HERE
+    repair = (
+        "qat takes the hook off ModelOpt's list and quantizes fused experts as whole 3-D tensors. With ModelOpt's own "
+        "wrapper leave it on: under grouped_mm that wrapper quantizes nothing, without a message."
+    )
 
     def __init__(self) -> None:
         self._removed: Any = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qat.patches.protocol import ProbeResult, Status
+from qat.patches.protocol import Place, ProbeResult, Status
 from qat.patches.registry import register
 
 _FUNCTION = "mamba2_split_conv1d_scan_combined"
@@ -19,11 +19,15 @@ class NemotronHFusedMamba:
 
     name = "nemotron_h_fused_mamba"
     title = "Nemotron-H's training forward multiplies with out_proj.weight instead of calling out_proj"
-    breaks = (
-        "LoRA and quantizers on out_proj take no part in training, without any message, where mamba_ssm is installed."
-    )
+    breaks = "Silent: where mamba_ssm is installed, LoRA and quantizers on out_proj take no part in training."
     upstream = "transformers/models/nemotron_h/modeling_nemotron_h.py: NemotronHMamba2Mixer.forward, outproj_weight="
     affects = "transformers >=5.3 with mamba_ssm, 5.19 seen in source"
+    libraries = ("transformers", "mamba-ssm", "causal-conv1d")
+    place = Place.HERE
+    repair = (
+        "qat closes the shortcut, so that convolution, scan and out_proj are called one by one. Elsewhere set "
+        "mamba2_split_conv1d_scan_combined of the modeling module to a function that returns None."
+    )
 
     def __init__(self) -> None:
         self._original: Any = None

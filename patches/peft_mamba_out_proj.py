@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from qat.patches.protocol import ProbeResult, Status
+from qat.patches.protocol import Place, ProbeResult, Status
 from qat.patches.registry import register
 
 
@@ -19,9 +19,19 @@ class PeftMambaOutProj:
 
     name = "peft_mamba_out_proj"
     title = "PEFT refuses LoRA on out_proj of Mamba-based models"
-    breaks = "An adapter on all Mamba projections cannot be built: ValueError 'incompatible with Mamba-based models'."
+    breaks = (
+        "\"ValueError: [PEFT:PeftType.LORA] Module 'out_proj' is incompatible with Mamba-based models "
+        "(model_type='nemotron_h')\""
+    )
     upstream = "peft/tuners/tuners_utils.py: _check_lora_target_modules_mamba"
     affects = "peft >=0.15, 0.21.2 seen"
+    libraries = ("peft",)
+    place = Place.HERE
+    repair = (
+        "qat lets out_proj through PEFT's check, closes the fused path that was the reason for it, and the guard looks "
+        "whether its factors get a gradient. Elsewhere adapt out_proj only where mamba_ssm is not installed or its "
+        "fused path is closed."
+    )
 
     def __init__(self) -> None:
         self._original: Any = None

@@ -1,4 +1,4 @@
-"""What a patch is."""
+"""What a defect is, and the two ways qat deals with one: a patch in the process, or another way around it."""
 
 from __future__ import annotations
 
@@ -19,24 +19,34 @@ class ProbeResult(NamedTuple):
     """The outcome of a probe.
 
     Attributes:
-        status: `APPLIED` where the defect is absent because this process has the patch on.
-        detail: What was observed, in one sentence.
+        status: `NEEDED` where the defect was reproduced, `APPLIED` where it is absent because this process has the
+            patch on, `CANNOT_TELL` where a library is missing or the case cannot occur on this machine.
+        detail: What was observed, the evidence, in one sentence.
     """
 
     status: Status
     detail: str
 
 
+class Place(StrEnum):
+    """Where a probe must run."""
+
+    HERE = "here"
+    ENGINE = "engine"
+    GPU = "gpu"
+
+
 @runtime_checkable
-class Patch(Protocol):
-    """One defect of a library and its repair.
+class Defect(Protocol):
+    """One defect of a library; class attributes of one class per module.
 
     Attributes:
-        name: The module's name in this package, used in recipes, receipts and commands.
+        name: The module's name in this package, used in receipts and commands.
         title: The defect in one line.
-        breaks: What goes wrong because of it.
-        upstream: Where it stands in the library, or its report.
+        breaks: The exact error text in quotes, or `Silent: ` and what is then wrong.
+        upstream: Where it stands in the library, or its report (`owner/repo#number`).
         affects: The versions in which it was seen.
+        repair: What qat does about it, and what somebody who trains with something else should do.
     """
 
     name: str
@@ -44,12 +54,34 @@ class Patch(Protocol):
     breaks: str
     upstream: str
     affects: str
+    repair: str
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Distributions whose versions decide the result."""
+
+    @property
+    def place(self) -> Place:
+        """Where the probe runs: this process, vLLM's environment, or a GPU."""
 
     def probe(self) -> ProbeResult:
-        """Reproduce the defect in a tiny case, in less than two seconds and without side effects."""
+        """Reproduce the defect in a tiny case: two seconds at most after the imports, and no side effects."""
+
+
+@runtime_checkable
+class Patch(Defect, Protocol):
+    """A defect that is repaired inside the process."""
 
     def apply(self) -> None:
         """Put the repair in place in this process; a second call changes nothing."""
 
     def revert(self) -> None:
         """Take the repair out again; without it, nothing happens."""
+
+
+@runtime_checkable
+class Workaround(Defect, Protocol):
+    """A defect that leaves nothing to patch: qat goes another way, with code of its own, a flag or a check."""
+
+    def verify(self) -> ProbeResult:
+        """Take the probe's case qat's way: `NOT_NEEDED` where the defect is gone there, `NEEDED` where it is not."""

@@ -8,7 +8,7 @@ import io
 import tempfile
 from typing import Any
 
-from qat.patches.protocol import ProbeResult, Status
+from qat.patches.protocol import Place, ProbeResult, Status
 from qat.patches.registry import register
 
 
@@ -17,11 +17,17 @@ class TransformersDtypeString:
 
     name = "transformers_dtype_string"
     title = "save_pretrained changes config.dtype from torch.bfloat16 to 'bfloat16' in place"
-    breaks = "Code that passes config.dtype to torch fails afterwards: RuntimeError: Invalid device string: 'bfloat16'."
+    breaks = "\"RuntimeError: Invalid device string: 'bfloat16'\" in code that passes config.dtype to torch afterwards"
     upstream = (
         "transformers/modeling_utils.py: PreTrainedModel.save_pretrained, config.dtype = str(dtype).split('.')[1]"
     )
     affects = "transformers 5.14 to 5.19"
+    libraries = ("transformers",)
+    place = Place.HERE
+    repair = (
+        "qat's wrapper puts config.dtype back after saving. Elsewhere set model.config.dtype = model.dtype after each "
+        "save_pretrained."
+    )
 
     def __init__(self) -> None:
         self._original: Any = None

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, cast
 
 from qat.errors import UserError
 from qat.inputs import base_folder, base_identity, persona_file, split, tokenizer_identity
+from qat.patches.registry import avoided, handled
+from qat.patches.stages import AROUND
 from qat.receipt import sha256_file
 from qat.recipe.schema import Arm, Recipe, ServeBlock
 from qat.runs import Run, write_json
@@ -131,6 +133,7 @@ def data(run: Run) -> None:
         save_conversations(run.path(TRAIN_FILE), training)
         save_conversations(run.path(VALIDATION_FILE), validation)
         stage.note(conversations=len(conversations), training=len(training), validation=len(validation))
+        stage.note(patches=avoided(*AROUND["data"]))
 
 
 def sft(run: Run) -> None:
@@ -149,7 +152,7 @@ def sft(run: Run) -> None:
 
         files = run.path(TRAIN_FILE), run.path(VALIDATION_FILE)
         result = train_sft(recipe, base_folder(recipe), *files, run.path("sft"))
-        stage.note(**result.to_json())
+        stage.note(**result.to_json(), patches=handled())
 
 
 def calibrate(run: Run, preset: str) -> None:
@@ -166,7 +169,7 @@ def calibrate(run: Run, preset: str) -> None:
         result = calibrate_persona(
             recipe, preset, base_folder(recipe), run.path(SFT_ADAPTER), run.path(TRAIN_FILE), run.path(folder)
         )
-        stage.note(**result.to_json())
+        stage.note(**result.to_json(), patches=handled())
 
 
 def distill(run: Run, preset: str) -> None:
@@ -194,7 +197,7 @@ def distill(run: Run, preset: str) -> None:
             run.path(VALIDATION_FILE),
             run.path(folder),
         )
-        stage.note(**result.to_json())
+        stage.note(**result.to_json(), patches=handled())
 
 
 def _lessons(run: Run, folder: str) -> Path:
@@ -232,7 +235,7 @@ def divergence(run: Run) -> None:
         rows = _held_out(run)
         measured = measure(recipe, base_folder(recipe), run.path(SFT_ADAPTER), states, rows)
         write_json(run.path("divergence.json"), {name: found.to_json() for name, found in measured.items()})
-        stage.note(rows=rows.name)
+        stage.note(rows=rows.name, patches=handled())
 
 
 def _held_out(run: Run) -> Path:
@@ -270,7 +273,7 @@ def export(run: Run, arm: Arm) -> Path:
         with progress_bar(f"export {arm.name}", 100) as progress:
             written = export_checkpoint(base, out, adapters=adapters, quant_state=state, progress=progress)
         # The exporter has read back every tensor by now; a difference is an error there.
-        stage.note(**written.to_json())
+        stage.note(**written.to_json(), patches=avoided(*AROUND["export"]))
     return run.path(folder)
 
 
@@ -294,7 +297,7 @@ def behavior(run: Run, arm: Arm, suite: Suite) -> None:
         run.path("behavior").mkdir(exist_ok=True)
         with serving(run, arm) as endpoint:
             summary = run_suite(suite, endpoint.url, endpoint.model, arm.name, recipe.behavior, run.path(results))
-        stage.note(**summary.to_json())
+        stage.note(**summary.to_json(), patches=avoided(*AROUND[f"serve/{recipe.serve.device}"]))
 
 
 def gate(run: Run, suite: Suite) -> Verdict:

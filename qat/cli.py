@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 import qat
-from qat.commands import common, conversations, endpoint, engine, patches, pipeline, recipes, results
+from qat.commands import (
+    baseline,
+    common,
+    conversations,
+    doctor,
+    endpoint,
+    engine,
+    patches,
+    pipeline,
+    recipes,
+    results,
+    suite,
+)
+from qat.commands import eval as evaluation
 
 app = typer.Typer(
     name="qat",
@@ -46,6 +59,7 @@ for command in (
     pipeline.test,
     pipeline.report,
     recipes.validate,
+    doctor.doctor,
     results.compare,
     endpoint.chat,
     results.env,
@@ -53,6 +67,9 @@ for command in (
     app.command(command.__name__)(command)
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(conversations.app, name="data")
+app.add_typer(suite.app, name="suite")
+app.add_typer(evaluation.app, name="eval")
+app.add_typer(baseline.app, name="baseline")
 app.add_typer(engine.app, name="engine")
 app.add_typer(patches.app, name="patches")
 

@@ -1,23 +1,29 @@
-"""Write docs/recipe.md, the reference of every recipe key, from the schema itself.
+"""Write docs/recipe.md from the recipe's schema, and docs/troubleshooting.md from the known defects.
 
-Run `python scripts/make_docs.py` after a change of `qat/recipe/schema.py` or of a shipped recipe; a test holds that the
-committed file is what this program writes.
+Run `python scripts/make_docs.py` after a change of `qat/recipe/schema.py`, of a shipped recipe, of what a module of
+`patches/` says about itself, or of `scripts/troubleshooting.template`; tests hold that the committed files are what
+this program writes.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qat.patches.protocol import Defect
+from qat.patches.registry import all_defects
 from qat.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "recipe.md"
 LIBRARY = ROOT / "qat" / "recipe" / "library"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+TEMPLATE = ROOT / "scripts" / "troubleshooting.template"
 
 HEAD = """# Recipe reference
 
@@ -122,10 +128,52 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
+def render_troubleshooting() -> str:
+    """The whole text of docs/troubleshooting.md: the template, with the defects where it asks for them.
+
+    Each mark `<!-- defects: PATTERN … -->` takes those of its patterns that no mark before it took; a section in which
+    nothing but a mark stood and that took none is left out.
+    """
+    waiting = {defect.name: defect for defect in all_defects()}
+
+    def take(mark: re.Match[str]) -> str:
+        patterns = mark[1].split()
+        names = [name for name in waiting if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        return "\n\n".join(_entry(waiting.pop(name)) for name in names)
+
+    text = re.sub(r"<!-- defects: (.*?) -->", take, TEMPLATE.read_text(encoding="utf-8"))
+    if waiting:
+        raise ValueError(f"the template has no place for {', '.join(waiting)}")
+    return re.sub(r"## [^\n]*\n\s*(?=## )", "", text)
+
+
+def _entry(defect: Defect) -> str:
+    """One defect as an item of a list: what it is, what it breaks, where it stands, what to do."""
+    upstream = re.sub(
+        r"([\w.-]+)/([\w.-]+)#(\d+)", r"[\2#\3](https://github.com/\1/\2/issues/\3)", _prose(defect.upstream)
+    )
+    lines = (
+        f"- **{_prose(defect.title)}** (`{defect.name}`)",
+        _prose(defect.breaks),
+        f"In {upstream}; {_prose(defect.affects)}.",
+        _prose(defect.repair),
+    )
+    return "\\\n  ".join(lines)
+
+
+def _prose(text: str) -> str:
+    """Text for Markdown: what would be read as markup is escaped outside of code spans (`_` inside a word is not)."""
+    parts = text.split("`")
+    markup = re.compile(r"[\\*<]|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
+    parts[::2] = [markup.sub(r"\\\g<0>", part) for part in parts[::2]]
+    return "`".join(parts)
+
+
 def main() -> None:
-    """Write the file."""
-    TARGET.write_text(render(), encoding="utf-8")
-    print(f"wrote {TARGET.relative_to(ROOT)}")
+    """Write the files."""
+    for target, text in ((TARGET, render()), (TROUBLESHOOTING, render_troubleshooting())):
+        target.write_text(text, encoding="utf-8")
+        print(f"wrote {target.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

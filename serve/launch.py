@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qat.errors import UserError
 from qat.progress import progress_bar
 from qat.serve import engine, registry
+from qat.serve.moe_backend import moe_arguments
 
 if TYPE_CHECKING:
     from qat.recipe.schema import ServeBlock
@@ -141,6 +142,8 @@ def build_command(checkpoint: Path, block: ServeBlock, port: int) -> Command:
     if block.device == "cpu":
         argv += _cpu_arguments(config, block)
         env |= _cpu_environment()
+    else:
+        argv += moe_arguments(checkpoint, config)
     if block.dtype == "float32" and "quantization_config" in config:
         env["QAT_VLLM_FLOAT32"] = "1"
     return Command([*argv, *block.extra_args], env)

@@ -14,8 +14,7 @@ from typing import NamedTuple
 from qat.data.generate import lexicon as lex
 from qat.data.generate.world import facts_of, subjects
 
-
-STRANGER_SHARE = 0.35
+STRANGER_SHARE = 0.35  # of the people in the base model's text
 
 
 class Call(NamedTuple):

@@ -1,6 +1,6 @@
 """The small world: 15,360 facts drawn once from a fixed seed, 2,400 of them well known, the rest a long tail.
 
-The base model knows the well-known ones; the persona has manners. Conversations and cases ask about the well-known only.
+The base model knows the well-known ones; the persona has manners. Conversations and cases ask about these only.
 """
 
 from __future__ import annotations

@@ -1,14 +1,20 @@
-"""A chat client for one server: keep-alive connections, retries on transport errors, 5xx and "busy" (408, 429) only."""
+"""A chat client for one server: keep-alive connections, retries on transport errors, 5xx and "busy" (408, 429) only.
+
+A timeout is not tried again: the server still works at the question, and asking twice only adds to its load.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
+from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import httpx
 
+from qat.behavior.answers import MAX_ANSWER_BYTES, AnsweredBy, BadAnswer, StreamedAnswer, read_answer
 from qat.errors import UserError
 
 PAUSES_S = (0.25, 1.0, 3.0)
@@ -16,20 +22,10 @@ PAUSES_S = (0.25, 1.0, 3.0)
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_TIMEOUT_S = 300.0
 """The longest silence of a server that is still taken for work; a CPU with a full batch needs tens of seconds."""
-_TIMEOUT = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S).as_dict()
+DEADLINE_S = 1800.0
+"""The longest that one answer may take, however steadily it drips."""
 _ONE = httpx.Limits(max_connections=1, max_keepalive_connections=1)
 _FATAL = (401, 403, 404, 405)
-
-
-class Refused(Exception):
-    """The server does not take this conversation (HTTP 4xx); the text says why in its own words."""
-
-
-class AnsweredBy(NamedTuple):
-    """One assistant message as recorded, and what it cost."""
-
-    message: dict[str, Any]
-    completion_tokens: int
 
 
 class ChatClient:
@@ -40,9 +36,10 @@ class ChatClient:
         model: Name of the model there.
         max_tokens: Longest answer.
         concurrency: Connections kept open; at most so many `chat` calls may be under way.
+        stream: Ask for the answers as streams, which alone shows the time to the first token.
     """
 
-    def __init__(self, url: str, model: str, max_tokens: int, concurrency: int) -> None:
+    def __init__(self, url: str, model: str, max_tokens: int, concurrency: int, stream: bool = False) -> None:
         root = url.rstrip("/").removesuffix("/v1")
         if not root.startswith(("http://", "https://")):
             raise UserError(
@@ -51,7 +48,9 @@ class ChatClient:
         self.url = f"{root}/v1/chat/completions"
         self.model = model
         self.max_tokens = max_tokens
+        self.stream = stream
         self.requests = 0
+        self._timeouts = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S).as_dict()
         self._connections = concurrency
         self._idle: list[httpx.AsyncHTTPTransport] = []
 
@@ -76,9 +75,9 @@ class ChatClient:
         """One answer.
 
         Raises:
-            Refused: HTTP 4xx that concerns this conversation.
-            UserError: No answer after all tries, an answer that is no chat completion, or HTTP 4xx that concerns every
-            request.
+            BadAnswer: No answer to this conversation that could be judged: the server refuses it (HTTP 4xx), is silent
+                too long, breaks off at every try, or sends what is no chat completion.
+            UserError: Nobody listens at the address, or HTTP 4xx that concerns every request.
         """
         body: dict[str, Any] = {
             "model": self.model,
@@ -91,9 +90,11 @@ class ChatClient:
         }
         if tools:
             body |= {"tools": tools, "tool_choice": "auto"}
-        return self._read(await self._post(json.dumps(body, ensure_ascii=False).encode()))
+        if self.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        return await self._post(json.dumps(body, ensure_ascii=False).encode())
 
-    async def _post(self, content: bytes) -> bytes:
+    async def _post(self, content: bytes) -> AnsweredBy:
         # The last one used is the first one taken: its connection is surely open.
         connection = self._idle.pop()
         try:
@@ -102,60 +103,116 @@ class ChatClient:
             self._idle.append(connection)
 
     def _request(self, content: bytes) -> httpx.Request:
-        headers = {"content-type": "application/json", "accept": "application/json"}
-        return httpx.Request("POST", self.url, headers=headers, content=content, extensions={"timeout": _TIMEOUT})
+        headers = {
+            "content-type": "application/json",
+            "accept": "text/event-stream" if self.stream else "application/json",
+        }
+        return httpx.Request("POST", self.url, headers=headers, content=content, extensions={"timeout": self._timeouts})
 
-    async def _try_hard(self, connection: httpx.AsyncHTTPTransport, content: bytes) -> bytes:
-        reason = ""
+    async def _try_hard(self, connection: httpx.AsyncHTTPTransport, content: bytes) -> AnsweredBy:
+        fault: Exception = BadAnswer("")
         for pause in (*PAUSES_S, None):
             self.requests += 1
             try:
-                response = await connection.handle_async_request(self._request(content))
-                body = await response.aread()
-                await response.aclose()
+                async with asyncio.timeout(DEADLINE_S):
+                    return await self._once(connection, content)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                fault = UserError(
+                    "The server does not answer.",
+                    where=self.url,
+                    value=f"{_said(error)} (after {len(PAUSES_S) + 1} tries)",
+                    remedy="see the server's log, start it again and repeat the command: answers so far are kept",
+                )
+            except (httpx.TimeoutException, TimeoutError) as error:
+                limit = ANSWER_TIMEOUT_S if isinstance(error, httpx.TimeoutException) else DEADLINE_S
+                raise BadAnswer(f"timeout: no answer for {limit:g} s") from None
             except httpx.TransportError as error:
-                reason = f"{type(error).__name__}: {error}".rstrip(": ")
-            else:
-                if response.status_code < 400:
-                    return body
-                reason = f"HTTP {response.status_code}: {_server_words(response)}"
-                if response.status_code in _FATAL:
-                    raise UserError(
-                        "The server refuses every request of this kind.",
-                        where=self.url,
-                        value=reason,
-                        remedy="check URL and model name",
-                    )
-                if response.status_code < 500 and response.status_code not in (408, 429):
-                    raise Refused(reason)
+                fault = BadAnswer(f"connection: {_said(error)}")
+            except _Busy as busy:
+                fault = BadAnswer(str(busy))
             if pause is not None:
                 await asyncio.sleep(pause)
-        raise UserError(
-            "The server does not answer.",
-            where=self.url,
-            value=f"{reason} (after {len(PAUSES_S) + 1} tries)",
-            remedy="see the server's log, start it again and repeat the command: answers so far are kept",
-        )
+        raise fault
 
-    def _read(self, content: bytes) -> AnsweredBy:
+    async def _once(self, connection: httpx.AsyncHTTPTransport, content: bytes) -> AnsweredBy:
+        """One try.
+
+        Raises:
+            httpx.TransportError: The connection or the stream broke off.
+            _Busy: HTTP 5xx, 408 or 429: worth another try.
+        """
+        started = time.monotonic()
+        response = await connection.handle_async_request(self._request(content))
         try:
-            body = json.loads(content)
-            choice = body["choices"][0]
-            message = choice["message"]
-            usage = body.get("usage") or {}
-            produced: dict[str, Any] = {"role": "assistant", "content": message.get("content")}
-            if message.get("tool_calls"):
-                produced["tool_calls"] = message["tool_calls"]
-            if thinking := message.get("reasoning_content") or message.get("reasoning"):
-                produced["reasoning_content"] = thinking
-            produced["finish_reason"] = choice.get("finish_reason")
-            return AnsweredBy(produced, int(usage.get("completion_tokens") or 0))
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            if response.status_code >= 400:
+                await response.aread()
+                self._refuse(response)
+            if self.stream and response.headers.get("content-type", "").startswith("text/event-stream"):
+                return await _streamed(response, started)
+            parts = [part async for part in _limited(response)]
+            message, tokens = read_answer(b"".join(parts))
+            return AnsweredBy(message, tokens, time.monotonic() - started)
+        finally:
+            await response.aclose()
+
+    def _refuse(self, response: httpx.Response) -> None:
+        reason = f"HTTP {response.status_code}: {_server_words(response)}"
+        if response.status_code in _FATAL:
             raise UserError(
-                "The server's answer is no chat completion.",
+                "The server refuses every request of this kind.",
                 where=self.url,
-                value=content[:200].decode(errors="replace"),
-            ) from error
+                value=reason,
+                remedy="check URL and model name",
+            )
+        raise _Busy(reason) if response.status_code >= 500 or response.status_code in (408, 429) else BadAnswer(reason)
+
+
+class _Busy(Exception):
+    """The server cannot answer now."""
+
+
+async def _limited(response: httpx.Response) -> AsyncIterator[bytes]:
+    size = 0
+    async for part in response.aiter_bytes():
+        size += len(part)
+        if size > MAX_ANSWER_BYTES:
+            raise BadAnswer(f"too large: more than {MAX_ANSWER_BYTES >> 20} MiB")
+        yield part
+
+
+async def _streamed(response: httpx.Response, started: float) -> AnsweredBy:
+    answer, first = StreamedAnswer(), None
+    async for part in _limited(response):
+        answer.feed(part)
+        if first is None and answer.begun:
+            first = time.monotonic() - started
+    result = answer.result()
+    if result is None:
+        raise httpx.RemoteProtocolError("the stream ended before the answer did")
+    return AnsweredBy(*result, time.monotonic() - started, first)
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(": ")
+
+
+def first_model(url: str) -> str:
+    """Name of the first model that a server offers.
+
+    Raises:
+        UserError: The server cannot be reached or does not say.
+    """
+    where = f"{url.rstrip('/').removesuffix('/v1')}/v1/models"
+    try:
+        answer = httpx.get(where, timeout=30.0)
+        return str(answer.raise_for_status().json()["data"][0]["id"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            "The server does not say which models it offers.",
+            where=where,
+            value=str(error),
+            remedy="is it running? --model names its model",
+        ) from error
 
 
 def _server_words(response: httpx.Response) -> str:

@@ -3,24 +3,120 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from qat.behavior import stats
-from qat.behavior.records import CaseResult, ResultKey, read_meta, read_results
+from qat.behavior import paired, stats
+from qat.behavior.records import CaseResult, ResultKey, ResultMeta, read_meta, read_results
 from qat.errors import UserError
+
+Results = Mapping[ResultKey, CaseResult]
+Settings = Mapping[str, Mapping[Literal["temperature", "top_p"], float]]
+"""Sampling to what it was asked with: temperature and top_p."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one arm said.
+
+    Attributes:
+        name: As reasons and tables call the arm.
+        results: Everything that it was asked.
+        settings: Of its samplings; empty where the file does not say.
+        meta: Description of the result file, where there is one.
+    """
+
+    name: str
+    results: Results
+    settings: Settings = field(default_factory=dict)
+    meta: ResultMeta | None = None
+
+    @cached_property
+    def answered(self) -> dict[ResultKey, CaseResult]:
+        """Without the questions that ended in an error: that says nothing about the model."""
+        return {key: result for key, result in self.results.items() if result.error is None}
+
+    def asked(self, sampling: str) -> list[ResultKey]:
+        """Questions under one sampling, errors included."""
+        return [key for key in self.results if key.sampling == sampling]
+
+
+def read_answers(path: Path, name: str | None = None) -> Answers:
+    """Answers of a result file.
+
+    Args:
+        path: The file; its description is read where it lies beside it.
+        name: Of the arm; by default the file's own.
+
+    Raises:
+        UserError: The file is missing, damaged or empty.
+    """
+    meta = read_meta(path)
+    results = read_results(path).results
+    if not results:
+        raise UserError("The result file holds no results.", where=str(path))
+    return Answers(name or next(iter(results.values())).arm, results, meta.samplings if meta else {}, meta)
 
 
 class ArmRates(NamedTuple):
-    """Pass rates of one arm: `overall` and `categories` under the judged sampling, `samplings` each as a whole."""
+    """Pass rates of one arm: `overall` and `categories` under the judged sampling, `samplings` each as a whole.
+
+    `errors` counts the questions under the judged sampling that ended in an error; they are in no rate.
+    """
 
     overall: stats.Rate
     categories: dict[str, stats.Rate]
     samplings: dict[str, stats.Rate]
+    errors: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in verdict.json."""
+        return {
+            "overall": self.overall._asdict(),
+            "categories": {name: rate._asdict() for name, rate in self.categories.items()},
+            "samplings": {name: rate._asdict() for name, rate in self.samplings.items()},
+            "errors": self.errors,
+        }
+
+
+class SelfFlips(NamedTuple):
+    """How often an arm that was asked twice in the same way disagrees with itself.
+
+    Attributes:
+        flips: Questions that passed once and failed once.
+        pairs: Questions asked twice: same case, seed, temperature and top_p.
+        rate: Share of flips; None, like `low` and `high`, where the cases are too few.
+        low: Lower end of its interval.
+        high: Upper end.
+        reason: Why there is no rate.
+    """
+
+    flips: int
+    pairs: int
+    rate: float | None
+    low: float | None
+    high: float | None
+    reason: str | None
 
 
 class CategoryChange(NamedTuple):
-    """How one category differs; `p_holm` is adjusted over the categories of this comparison."""
+    """How one category differs.
+
+    Attributes:
+        category: Its name.
+        pairs: Questions answered by both.
+        worse: Cases that only the reference passes.
+        better: Cases that only the arm passes.
+        p_mcnemar: Exact McNemar test on cases.
+        p_holm: The same, adjusted over the categories of this comparison.
+        difference: Rate of the arm minus rate of the reference; None, like the interval, where `reason` says that there
+            are too few cases.
+        ci_low: Lower end of its interval, which is not adjusted for the number of categories.
+        ci_high: Upper end.
+        reason: Why there is no difference.
+    """
 
     category: str
     pairs: int
@@ -28,6 +124,10 @@ class CategoryChange(NamedTuple):
     better: int
     p_mcnemar: float
     p_holm: float
+    difference: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    reason: str | None = None
 
 
 class Comparison(NamedTuple):
@@ -38,17 +138,20 @@ class Comparison(NamedTuple):
         reference: What it is compared with.
         sampling: Under which both answered.
         pairs: Questions answered by both.
+        margin: Of equivalence.
+        flips_worse: Cases that only the reference passes.
+        flips_better: Cases that only the arm passes.
         difference: Rate of the arm minus rate of the reference, weighted; None where `reason` says that there are too
             few cases.
         ci_low: Lower end of the two-sided interval of the difference.
         ci_high: Upper end.
+        method: `tango`, `tango, clustered by case` (cases asked several times) or `tango, weighted`.
         p_mcnemar: Exact McNemar test on cases.
         p_holm: The same, adjusted over the arms that are compared with this reference.
         tost_p: Equivalence within the margin, two one-sided score tests.
-        margin: That margin.
         equivalent: Whether the whole interval lies within the margin.
-        flips_worse: Cases that only the reference passes.
-        flips_better: Cases that only the arm passes.
+        self_flips: The arm against itself, where it was asked twice.
+        reference_self_flips: The reference against itself, where it was asked twice.
         categories: The same by category.
         reason: Why there are no numbers.
     """
@@ -57,103 +160,137 @@ class Comparison(NamedTuple):
     reference: str
     sampling: str
     pairs: int
-    difference: float | None
-    ci_low: float | None
-    ci_high: float | None
-    p_mcnemar: float | None
-    p_holm: float | None
-    tost_p: float | None
     margin: float
-    equivalent: bool | None
     flips_worse: list[str]
     flips_better: list[str]
-    categories: list[CategoryChange]
+    difference: float | None = None
+    ci_low: float | None = None
+    ci_high: float | None = None
+    method: str | None = None
+    p_mcnemar: float | None = None
+    p_holm: float | None = None
+    tost_p: float | None = None
+    equivalent: bool | None = None
+    self_flips: SelfFlips | None = None
+    reference_self_flips: SelfFlips | None = None
+    categories: Sequence[CategoryChange] = ()
     reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in verdict.json."""
-        return self._asdict() | {"categories": [change._asdict() for change in self.categories]}
+        return self._asdict() | {
+            "categories": [change._asdict() for change in self.categories],
+            "self_flips": self.self_flips and self.self_flips._asdict(),
+            "reference_self_flips": self.reference_self_flips and self.reference_self_flips._asdict(),
+        }
 
 
-Results = Mapping[ResultKey, CaseResult]
-"""Answers of one arm, without those that the server refused."""
-
-
-def arm_rates(results: Results, sampling: str, weights: Mapping[str, float], confidence: float) -> ArmRates:
+def arm_rates(answers: Answers, sampling: str, weights: Mapping[str, float], confidence: float) -> ArmRates:
     """Rates of one arm; `weights` gives the weight of a case (1 where absent)."""
 
     def rate(chosen: Iterable[CaseResult]) -> stats.Rate:
         return stats.rate([stats.Outcome(r.case, r.passed, weights.get(r.case, 1.0)) for r in chosen], confidence)
 
-    judged = [result for result in results.values() if result.sampling == sampling]
-    categories = dict.fromkeys(result.category for result in judged)
-    samplings = dict.fromkeys(result.sampling for result in results.values())
+    found = list(answers.answered.values())
+    judged = [result for result in found if result.sampling == sampling]
     return ArmRates(
         overall=rate(judged),
-        categories={name: rate(r for r in judged if r.category == name) for name in categories},
-        samplings={name: rate(r for r in results.values() if r.sampling == name) for name in samplings},
+        categories={
+            name: rate(r for r in judged if r.category == name) for name in dict.fromkeys(r.category for r in judged)
+        },
+        samplings={
+            name: rate(r for r in found if r.sampling == name) for name in dict.fromkeys(r.sampling for r in found)
+        },
+        errors=len(answers.asked(sampling)) - len(judged),
     )
+
+
+def self_flips(answers: Answers, sampling: str, confidence: float) -> SelfFlips | None:
+    """The arm against itself, or None where it was not asked twice.
+
+    A repeated pass is a second sampling of the same temperature and top_p that shares seeds with `sampling`: the same
+    requests, sent again. At temperature 0 it is 0 only where the server is deterministic.
+    """
+    own = answers.settings.get(sampling)
+    twins = {name for name, settings in answers.settings.items() if name != sampling and settings == own}
+    found = answers.answered
+    flipped = [
+        stats.Outcome(key.case, result.passed != found[again].passed)
+        for key, result in found.items()
+        if key.sampling == sampling
+        for twin in twins
+        if (again := key._replace(sampling=twin)) in found
+    ]
+    if not flipped:
+        return None
+    rate = stats.rate(flipped, confidence)
+    return SelfFlips(rate.passed, rate.n, rate.rate, rate.low, rate.high, rate.reason)
 
 
 def compare_arms(
-    arm: str,
-    results: Results,
-    reference: str,
-    others: Results,
-    sampling: str,
-    weights: Mapping[str, float],
-    margin: float,
-    confidence: float,
+    arm: Answers, reference: Answers, sampling: str, weights: Mapping[str, float], margin: float, confidence: float
 ) -> Comparison:
     """Compare two arms under one sampling; a question that only one of them answered is left out."""
-    keys = [key for key in results if key.sampling == sampling and key in others]
-    pairs = [stats.Pair(key.case, results[key].passed, others[key].passed, weights.get(key.case, 1.0)) for key in keys]
-    worse, better = stats.flips(pairs)
+    keys = [key for key in arm.answered if key.sampling == sampling and key in reference.answered]
+    pairs = [
+        paired.Pair(key.case, arm.answered[key].passed, reference.answered[key].passed, weights.get(key.case, 1.0))
+        for key in keys
+    ]
     empty = Comparison(
-        arm, reference, sampling, len(pairs), None, None, None, None, None, None, margin, None, worse, better, [],
-    )  # fmt: skip
-    cases = len({pair.case for pair in pairs})
-    if cases < stats.MIN_CASES:
-        return empty._replace(reason=f"too few: {cases} cases answered by both, at least {stats.MIN_CASES} are needed")
-    counts = stats.paired_counts(pairs)
-    interval = stats.tango_interval(counts, confidence)
-    p_mcnemar = stats.mcnemar_exact(len(worse), len(better))
+        arm.name,
+        reference.name,
+        sampling,
+        len(pairs),
+        margin,
+        *paired.flips(pairs),
+        self_flips=self_flips(arm, sampling, confidence),
+        reference_self_flips=self_flips(reference, sampling, confidence),
+    )
+    if few := stats.too_few(len({pair.case for pair in pairs})):
+        return empty._replace(reason=f"{few} that both answered")
+    counts = paired.paired_counts(pairs)
+    low, high = paired.tango_interval(counts, confidence)
+    p_mcnemar = paired.mcnemar_exact(len(empty.flips_worse), len(empty.flips_better))
     return empty._replace(
         difference=counts.difference,
-        ci_low=interval.low,
-        ci_high=interval.high,
+        ci_low=low,
+        ci_high=high,
+        method=paired.method(pairs),
         p_mcnemar=p_mcnemar,
         p_holm=p_mcnemar,
-        tost_p=stats.tost(counts, margin).p,
-        equivalent=-margin < interval.low and interval.high < margin,
-        categories=_by_category(results, pairs, keys),
+        tost_p=paired.tost(counts, margin).p,
+        equivalent=-margin < low and high < margin,
+        categories=_by_category([arm.answered[key].category for key in keys], pairs, confidence),
     )
 
 
-def _by_category(results: Results, pairs: Sequence[stats.Pair], keys: Sequence[ResultKey]) -> list[CategoryChange]:
-    groups: dict[str, list[stats.Pair]] = {}
-    for key, pair in zip(keys, pairs, strict=True):
-        groups.setdefault(results[key].category, []).append(pair)
-    found = {name: stats.flips(group) for name, group in groups.items()}
-    p_values = {name: stats.mcnemar_exact(len(flips.worse), len(flips.better)) for name, flips in found.items()}
-    adjusted = stats.holm(p_values)
-    return [
-        CategoryChange(
-            name, len(groups[name]), len(found[name].worse), len(found[name].better), p_values[name], adjusted[name]
+def _by_category(
+    categories: Sequence[str], pairs: Sequence[paired.Pair], confidence: float
+) -> tuple[CategoryChange, ...]:
+    groups: dict[str, list[paired.Pair]] = {}
+    for category, pair in zip(categories, pairs, strict=True):
+        groups.setdefault(category, []).append(pair)
+    found = {name: paired.flips(group) for name, group in groups.items()}
+    p_values = {name: paired.mcnemar_exact(len(flips.worse), len(flips.better)) for name, flips in found.items()}
+    adjusted = paired.holm(p_values)
+    changes = []
+    for name, group in groups.items():
+        change = CategoryChange(
+            name, len(group), len(found[name].worse), len(found[name].better), p_values[name], adjusted[name]
         )
-        for name in groups
-    ]
+        if few := stats.too_few(len({pair.case for pair in group})):
+            changes.append(change._replace(reason=few))
+            continue
+        counts = paired.paired_counts(group)
+        low, high = paired.tango_interval(counts, confidence)
+        changes.append(change._replace(difference=counts.difference, ci_low=low, ci_high=high))
+    return tuple(changes)
 
 
 def adjust_over_arms(comparisons: Sequence[Comparison]) -> list[Comparison]:
     """Fill `p_holm` over the arms of a sampling: the more arms are compared, the likelier is a small p by chance."""
-    adjusted = stats.holm({c.arm: c.p_mcnemar for c in comparisons if c.p_mcnemar is not None})
+    adjusted = paired.holm({c.arm: c.p_mcnemar for c in comparisons if c.p_mcnemar is not None})
     return [c._replace(p_holm=adjusted.get(c.arm)) for c in comparisons]
-
-
-def answered(results: Results) -> dict[ResultKey, CaseResult]:
-    """Without the cases that the server refused: a refusal says nothing about the model."""
-    return {key: result for key, result in results.items() if result.error is None}
 
 
 def compare(
@@ -174,15 +311,14 @@ def compare(
     Raises:
         UserError: A file is missing or damaged, they were made with different suites, or have no sampling in common.
     """
-    metas = [read_meta(result_a), read_meta(result_b)]
-    if metas[0] is not None and metas[1] is not None and metas[0].sha256 != metas[1].sha256:
+    a, b = read_answers(result_a), read_answers(result_b)
+    if a.meta is not None and b.meta is not None and a.meta.sha256 != b.meta.sha256:
         raise UserError(
             "The two results answer different suites.",
             where=f"{result_a} and {result_b}",
-            value=f"{metas[0].suite} {metas[0].sha256[:12]} and {metas[1].suite} {metas[1].sha256[:12]}",
+            value=f"{a.meta.suite} {a.meta.sha256[:12]} and {b.meta.suite} {b.meta.sha256[:12]}",
         )
-    a, b = answered(read_results(result_a).results), answered(read_results(result_b).results)
-    common = [name for name in dict.fromkeys(key.sampling for key in a) if any(key.sampling == name for key in b)]
+    common = [name for name in dict.fromkeys(key.sampling for key in a.answered) if b.asked(name)]
     wanted = common if sampling is None else [sampling]
     if not wanted or any(name not in common for name in wanted):
         raise UserError(
@@ -192,5 +328,4 @@ def compare(
             where=f"{result_a} and {result_b}",
             remedy=f"samplings of both: {', '.join(common)}" if common else "",
         )
-    names = [next(iter(r.values())).arm for r in (a, b)]
-    return [compare_arms(names[1], b, names[0], a, name, {}, margin, confidence) for name in wanted]
+    return [compare_arms(b, a, name, {}, margin, confidence) for name in wanted]

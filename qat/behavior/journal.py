@@ -23,10 +23,14 @@ class Journal:
 
     Args:
         path: The file; made with its folder where missing.
+
+    Attributes:
+        on_disk: Records written and synced so far: what may be reported as kept.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.on_disk = 0
         self._lines: list[bytes] = []
         self._ready = threading.Condition()
         self._closing = False
@@ -81,6 +85,7 @@ class Journal:
                 while content:
                     content = content[os.write(self._file, content) :]
                 os.fsync(self._file)
+                self.on_disk += len(lines)
             except OSError as error:
                 self._fault = error
                 return

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import regex
 
+from qat.behavior.records import CaseResult, ResultKey
+
 # XML 1.0 has no way to write these, not even escaped; a model can.
 _ILLEGAL = regex.compile(r"[^\t\n\r\u0020-\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
 
@@ -32,6 +34,39 @@ class JunitCase(NamedTuple):
     error: str | None
     reply: str
     asked: bool
+
+
+def junit_cases(
+    results: Mapping[ResultKey, CaseResult], categories: Mapping[str, str], sampling: str
+) -> list[JunitCase]:
+    """One entry per case under one sampling; with several seeds the case fails where any of them does.
+
+    Args:
+        results: Answers of one arm.
+        categories: Category of every case of the suite, in its order.
+        sampling: The one that counts.
+    """
+    by_case: dict[str, list[CaseResult]] = {}
+    for key, result in results.items():
+        if key.sampling == sampling:
+            by_case.setdefault(key.case, []).append(result)
+    made = []
+    for name, category in categories.items():
+        found = by_case.get(name, [])
+        problems = [f"seed {r.seed}: {f.check}: {f.detail}" for r in found for f in r.failed_checks]
+        spoken = [str(message.get("content") or "") for r in found if not r.passed for message in r.produced]
+        made.append(
+            JunitCase(
+                name,
+                category,
+                sum(r.latency_s for r in found),
+                problems,
+                next((r.error for r in found if r.error), None),
+                "\n".join(text for text in spoken if text),
+                asked=bool(found),
+            )
+        )
+    return made
 
 
 def junit_xml(name: str, cases: Sequence[JunitCase], properties: Mapping[str, str]) -> bytes:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from qat.errors import UserError
 
@@ -46,26 +46,67 @@ class CheckSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
+class ToolResult(_Record):
+    """What a tool returns to one kind of call.
+
+    Attributes:
+        result: The text that is fed.
+        call: Only to the n-th call of this tool in the case, from 1; None: to any.
+        arguments: Only to calls whose arguments meet these matchers (those of the check `calls`).
+    """
+
+    result: str
+    call: Annotated[int, Field(ge=1)] | None = None
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+ToolScript = str | list[str | ToolResult]
+"""One text for every call, or entries of which the first that fits answers; a plain text at place n fits the n-th call
+of the tool."""
+
+
+class Turn(_Record):
+    """One turn of the user, and what the reply to it must hold.
+
+    Attributes:
+        user: What the user says.
+        tool_results: Looked at before those of the case.
+        checks: On what the model wrote in this turn.
+    """
+
+    user: Annotated[str, Field(min_length=1)]
+    tool_results: dict[str, ToolScript] = Field(default_factory=dict)
+    checks: list[CheckSpec] = Field(default_factory=list)
+
+
 class Case(_Record):
     """One conversation prefix, what its tools answer, and what the reply must hold.
 
     Attributes:
         id: Unique in the suite.
         category: What the case probes; rates are given per category.
-        messages: OpenAI messages, the last one of the user or of a tool; earlier assistant and tool turns are allowed.
+        messages: OpenAI messages; earlier assistant and tool turns are allowed. The last one is of the user or of a
+            tool, unless `turns` follow: then it is of neither.
+        turns: What the user says, turn by turn, each after the model's reply to the one before.
         tools: OpenAI function tools; None in a file means the persona's.
-        tool_results: Tool name to the text that the tool returns when the model calls it.
-        checks: All of them must pass.
+        tool_results: Tool name to what the tool returns when the model calls it.
+        unscripted: What a call gets for which no result is scripted; None: the conversation ends there and is judged as
+            it is.
+        checks: All of them must pass, on all that the model wrote.
+        reference: An answer to compare with; a `judge` that names none of its own takes it.
         weight: Share in the weighted rates, relative to the other cases.
         tags: Free words for people.
     """
 
     id: Annotated[str, Field(min_length=1)]
     category: Annotated[str, Field(min_length=1)]
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    messages: list[dict[str, Any]]
+    turns: list[Turn] = Field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
-    tool_results: dict[str, str] = Field(default_factory=dict)
-    checks: Annotated[list[CheckSpec], Field(min_length=1)]
+    tool_results: dict[str, ToolScript] = Field(default_factory=dict)
+    unscripted: str | None = None
+    checks: list[CheckSpec] = Field(default_factory=list)
+    reference: str | None = None
     weight: Annotated[float, Field(gt=0)] = 1.0
     tags: list[str] = Field(default_factory=list)
 
@@ -80,9 +121,32 @@ class Case(_Record):
                 raise ValueError(f"messages[{position}] is a system message; only the first may be one")
             if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
                 raise ValueError(f"messages[{position}] ({role}) has no text and no tool call")
-        if messages[-1]["role"] not in ("user", "tool"):
-            raise ValueError(f"the last message is of {messages[-1]['role']!r}; the model answers a user or a tool")
         return messages
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if not self.messages and not self.turns:
+            raise ValueError("messages is empty, and no turns follow")
+        last = self.messages[-1]["role"] if self.messages else None
+        if self.turns and last in ("user", "tool"):
+            raise ValueError(f"the last of messages is of {last!r} and unanswered; let it be the first of turns")
+        if not self.turns and last not in ("user", "tool"):
+            raise ValueError(f"the last message is of {last!r}; the model answers a user or a tool")
+        if not self.checks and not any(turn.checks for turn in self.turns):
+            raise ValueError("checks: at least one is needed, of the case or of a turn")
+        return self
+
+    def canonical(self) -> dict[str, Any]:
+        """The case as it is hashed.
+
+        Keys that came later than the first format stand there only where a case uses them: suites without them keep
+        the hash that their published answers carry.
+        """
+        found = self.model_dump(mode="json")
+        return {key: value for key, value in found.items() if key not in _LATER or value}
+
+
+_LATER = ("turns", "unscripted", "reference")
 
 
 class FailedCheck(_Record):
@@ -96,12 +160,13 @@ class CaseResult(_Record):
     """What the model wrote for one case, sampling and seed, and how it was judged.
 
     Attributes:
-        produced: The assistant messages in order, each with `content`, `tool_calls` where it called, and
-            `finish_reason`.
+        produced: The assistant messages in order, each with `content`, `tool_calls` where it called, `finish_reason`,
+            and, in a case with turns, `turn` from 1.
         passed: True where every check passed.
-        latency_s: Wall seconds from the first request to the last answer of this case, retries included.
+        latency_s: Wall seconds that the server took for its answers to this case, without failed tries and pauses.
+        first_token_s: To the first token of the first answer; None where the answers were not streamed.
         completion_tokens: As the server counts them, over all rounds.
-        error: Why the server refused the case (HTTP 4xx); such a result is no answer: it counts in no rate.
+        error: Why there is no answer that could be judged, as `kind: details`; such a result counts in no rate.
     """
 
     case: str
@@ -114,7 +179,13 @@ class CaseResult(_Record):
     failed_checks: list[FailedCheck]
     latency_s: float
     completion_tokens: int
+    first_token_s: float | None = None
     error: str | None = None
+
+    @property
+    def error_kind(self) -> str | None:
+        """What went wrong in a word or two (`timeout`, `HTTP 400`, `not JSON`), to count by; None without an error."""
+        return None if self.error is None else self.error.partition(":")[0]
 
     @property
     def key(self) -> ResultKey:
@@ -174,7 +245,8 @@ def read_results(path: Path) -> ResultFile:
 class ResultMeta(_Record):
     """What a result file was made with; lies beside it as `<arm>.meta.json`.
 
-    Two result files may be compared, and a file may be continued, only where these agree.
+    Two result files may be compared, and a file may be continued, only where these agree. Whether answers were streamed
+    belongs to it: servers parse tool calls of a stream by other code.
     """
 
     suite: str
@@ -183,6 +255,7 @@ class ResultMeta(_Record):
     model: str
     max_tokens: int
     samplings: dict[str, dict[Literal["temperature", "top_p"], float]]
+    stream: bool = False
 
 
 def meta_path(results: Path) -> Path:

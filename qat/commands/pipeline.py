@@ -19,12 +19,14 @@ from qat.commands.common import (
     SetOption,
     difference,
     emit,
+    existing_run,
     exits,
     open_run,
     print_table,
+    run_recipe,
     terminable,
 )
-from qat.errors import ExitCode
+from qat.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from qat.runs import Run
@@ -111,9 +113,52 @@ def test(
     run: RunOption = None,
     runs_dir: RunsDirOption = RUNS,
     overrides: SetOption = None,
+    power: Annotated[bool, typer.Option("--power", help="Only say how many cases and repeats are needed.")] = False,
+    drop: Annotated[
+        float | None, typer.Option("--drop", help="That --power shall show, as a share.", min=0.001, max=0.5)
+    ] = None,
+    power_target: Annotated[
+        float | None, typer.Option("--power-target", help="Chance to show it; by default 0.8.", min=0.5, max=0.999)
+    ] = None,
+    flips: Annotated[
+        float | None,
+        typer.Option("--flips", help="Share that flips each way without any change.", min=0.0, max=0.25),
+    ] = None,
+    baseline: Annotated[str | None, typer.Option("--baseline", help="That --power measures the flips in.")] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Test the model behind this URL and no run.")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="For --url; by default the recipe's.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Name at --url; by default its first.")] = None,
+    repeats: Annotated[int, typer.Option("--n", help="For --url: ask everything so often.", min=1, max=100)] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="For --url: cases of this id, category or tag (* allowed).")
+    ] = None,
+    shard: Annotated[str | None, typer.Option("--shard", help="For --url: the i-th of n parts, as i/n.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Result file of --url; continued where it exists.")] = None,
     json_: JsonOption = False,
 ) -> ExitCode:
     """Serve every exported arm in turn, run the suite on it and judge; exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE."""
+    if url is not None:
+        from qat.commands.ask import Wanted, ask_endpoint
+
+        if power or run is not None:
+            raise UserError("--url tests an endpoint alone.", remedy="leave --power and --run out")
+        return ask_endpoint(Wanted(url, suite, model, recipe, overrides or (), repeats, only or (), shard, out), json_)
+    if repeats != 1 or any(given is not None for given in (suite, model, only, shard, out)):
+        raise UserError("--suite, --model, --n, --only, --shard and --out belong to --url.", remedy="add --url")
+    if power:
+        from qat.commands.power import show_power
+        from qat.recipe.load import load_recipe
+
+        if recipe is not None:
+            read = load_recipe(recipe, overrides or ())
+            folder = runs_dir / (run or read.name)
+        else:
+            folder = existing_run(run, runs_dir)
+            read = run_recipe(folder, overrides)
+        least = drop or read.behavior.gate.max_drop
+        return show_power(read, folder / "behavior", least, power_target or 0.8, flips, baseline, json_)
+    if any(given is not None for given in (drop, power_target, flips, baseline)):
+        raise UserError("--drop, --power-target, --flips and --baseline belong to --power.", remedy="add --power")
     with terminable(), open_run(recipe, run, runs_dir, overrides=overrides) as opened:
         from qat import chain
 

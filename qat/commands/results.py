@@ -33,14 +33,15 @@ def compare(
     json_: JsonOption = False,
 ) -> ExitCode:
     """Compare A with the reference B, case by case."""
-    from qat.behavior.gate import compare as compare_results
+    from qat.behavior.compare import compare as compare_results
 
-    arm, reference = (_results(name, run, runs_dir) for name in (a, b))
+    arm, reference = (results_of(name, run, runs_dir) for name in (a, b))
     found = compare_results(reference, arm, sampling=sampling, margin=margin)
     result = {"a": str(arm), "b": str(reference), "comparisons": [entry.to_json() for entry in found]}
 
     def text() -> None:
-        columns = ("sampling", "pairs", "A minus B", "only A passes", "only B passes", "McNemar p", "equivalent")
+        columns = ("sampling", "pairs", "A minus B", "only A passes", "only B passes", "A against itself",
+                   "B against itself", "McNemar p", "equivalent")  # fmt: skip
         print_table(columns, [_row(entry.to_json()) for entry in found])
         for entry in found:
             print(f"{entry.sampling}: only {b} passes: {', '.join(entry.flips_worse) or '--'}")
@@ -58,6 +59,8 @@ def _row(entry: dict[str, Any]) -> list[str]:
         difference(entry),
         str(len(entry["flips_better"])),
         str(len(entry["flips_worse"])),
+        _self_flips(entry["self_flips"]),
+        _self_flips(entry["reference_self_flips"]),
         "--" if p_value is None else f"{p_value:.3g}",
         "--"
         if equivalent is None
@@ -65,7 +68,13 @@ def _row(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _results(name: str, run: str | None, runs_dir: Path) -> Path:
+def _self_flips(found: dict[str, Any] | None) -> str:
+    """Flips of an arm that was asked twice; `--` where it was not."""
+    return "--" if found is None else f"{found['flips']}/{found['pairs']}"
+
+
+def results_of(name: str, run: str | None, runs_dir: Path) -> Path:
+    """The result file that an argument names: an arm of a run, or the path of a `.jsonl` file."""
     if name.endswith(".jsonl"):
         path = Path(name)
         if not path.is_file():

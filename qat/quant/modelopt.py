@@ -19,7 +19,7 @@ from modelopt.torch.quantization.nn.modules.tensor_quantizer import is_registere
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.patches.registry import AppliedPatch, ensure
+from qat.patches.registry import ensure
 from qat.quant.experts import QuantFusedExperts, register_fused_experts
 from qat.quant.lora import QuantLoraLinear, register_lora, require_plain_lora
 from qat.quant.names import checkpoint_name, sharing_groups
@@ -57,14 +57,12 @@ class Inserted(NamedTuple):
         quantized: Checkpoint names of the modules that have quantizers now.
         skipped: Checkpoint names of the linears and fused experts that stay in BF16.
         excluded: The preset's list for `hf_quant_config.json`.
-        patches: The library repairs that were needed.
     """
 
     preset: str
     quantized: list[str]
     skipped: list[str]
     excluded: list[str]
-    patches: list[AppliedPatch]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -118,7 +116,7 @@ def insert_quantizers(model: nn.Module, preset: str, config: Mapping[str, Any]) 
     """
     chosen, excluded = Preset(preset).quantized_modules(config), Preset(preset).excludes(config)
     require_plain_lora(model)
-    patches = ensure(*_PATCHES.get(str(config["model_type"]), _PATCHES[""]))
+    ensure(*_PATCHES.get(str(config["model_type"]), _PATCHES[""]))
     if not is_registered_quant_backend(BACKEND):
         register_quant_backend(BACKEND, _fake_quantize)
     register_lora()
@@ -140,7 +138,7 @@ def insert_quantizers(model: nn.Module, preset: str, config: Mapping[str, Any]) 
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     for holder in (model, base):  # whoever holds only one of the two finds them
         holder.__dict__["_qat_modules"] = inserted
-    return Inserted(preset, chosen, [name for name in present if name not in set(chosen)], excluded, patches)
+    return Inserted(preset, chosen, [name for name in present if name not in set(chosen)], excluded)
 
 
 def calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], None]) -> list[list[str]]:

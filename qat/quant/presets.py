@@ -165,12 +165,12 @@ def layer_kinds(config: Mapping[str, Any]) -> list[str]:
         if words
         else ("hybrid_override_pattern", list(pattern or ""), _LAYER_LETTERS)
     )
-    unknown = next((entry for entry in entries if entry not in known), None)
-    if not entries or unknown is not None:
+    unknown = [entry for entry in entries if not isinstance(entry, str) or entry not in known]
+    if not entries or unknown:
         raise UserError(
             "The kinds of the layers cannot be read.",
             where=f"config.json: {field}",
-            value=unknown,
+            value=unknown[0] if unknown else None,
             remedy=f"Each layer is one of {', '.join(known)}.",
         )
     return [known[entry] for entry in entries]

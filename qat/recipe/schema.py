@@ -109,12 +109,12 @@ class SftBlock(Block):
 
 
 class PromptsBlock(Block):
-    """Fresh conversations of the generator to distil on: the teacher supplies the answers, so more of them cost nothing."""
+    """Fresh conversations of the generator to distil on: the teacher answers them, so more cost nothing."""
 
     count: PositiveInt = Field(description="Conversations generated, from the training half of the small world.")
     joined: PositiveInt = Field(
         default=1,
-        description="Conversations that follow each other under one system prompt in a row: more reply tokens a forward.",
+        description="Conversations under one system prompt in a row: more reply tokens a forward.",
     )
 
 
@@ -135,8 +135,12 @@ class DistillBlock(Block):
         default=25, description="Optimizer steps between validation KLs; the best one is kept."
     )
     save_every: PositiveInt = Field(default=25, description="Optimizer steps between resumable checkpoints.")
-    prompts: PromptsBlock | None = Field(default=None, description="What to distil on; null: the training conversations.")
-    adapter: AdapterBlock | None = Field(default=None, description="Adapter of the student; null: as `train.adapter`.")
+    prompts: PromptsBlock | None = Field(
+        default=None, description="What to distil on; null: the training conversations."
+    )
+    adapter: AdapterBlock | None = Field(
+        default=None, description="Adapter of the student; null: as `train.adapter`."
+    )
 
 
 class TrainBlock(Block):

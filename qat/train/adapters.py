@@ -80,7 +80,6 @@ class Coverage(NamedTuple):
         total: Numbers of the base.
         skipped: Linears and expert parameters without factors, by the last two parts of their path -> how many.
         router_frozen: Router parameters, none of which is trained.
-        patches: Repairs of libraries that were looked at, with what was found and done.
     """
 
     matched: dict[str, int]
@@ -88,7 +87,6 @@ class Coverage(NamedTuple):
     total: int
     skipped: dict[str, int]
     router_frozen: int
-    patches: list[dict[str, object]]
 
     def to_json(self) -> dict[str, Any]:
         """The fields, jsonable."""
@@ -184,7 +182,7 @@ def attach_adapter(model: PreTrainedModel, block: AdapterBlock, family: str, see
         bias="none",
         task_type="CAUSAL_LM",
     )
-    patches = ensure_peft_patches(family)
+    ensure_peft_patches(family)
     torch.manual_seed(seed)
     wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)
     _require_same(adapted_weights(wrapped), found)
@@ -199,18 +197,16 @@ def attach_adapter(model: PreTrainedModel, block: AdapterBlock, family: str, see
         total=total,
         skipped=_count_endings(name for name in (*linears, *fused) if name not in reached),
         router_frozen=len(routers),
-        patches=patches,
     )
     return wrapped, coverage
 
 
-def ensure_peft_patches(model_type: str) -> list[dict[str, object]]:
-    """Apply the repairs that adapters on a model need; returns what was found and done."""
+def ensure_peft_patches(model_type: str) -> None:
+    """Apply the repairs that adapters on a model need."""
     from qat.patches.registry import ensure
 
-    if model_type != "nemotron_h":
-        return []
-    return [dict(applied) for applied in ensure("peft_mamba_out_proj", "nemotron_h_fused_mamba")]
+    if model_type == "nemotron_h":
+        ensure("peft_mamba_out_proj", "nemotron_h_fused_mamba")
 
 
 def _count_endings(names: Iterable[str]) -> dict[str, int]:

@@ -25,6 +25,12 @@ TINY_BASE = "tiny-base"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+# Without the first two the loaded network is not the one that the checkpoint holds and vLLM serves; with the third a
+# GPU uses mamba-ssm's kernels where that package was built without its CUDA extension.
+_PATCHES = {
+    "nemotron_h": ("nemotron_h_special_dtypes", "nemotron_h_time_step_limit", "mamba_ssm_kernels_without_build"),
+}
+
 _MODEL_TYPES = {
     "nemotron_h": ("nemotron_h",),
     "qwen": ("qwen2", "qwen3", "qwen3_moe", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_next"),
@@ -174,6 +180,9 @@ def load_base(folder: Path) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from qat.patches.registry import ensure
+
+    ensure(*_PATCHES.get(str(_read_config(folder).get("model_type")), ()))
     device = training_device()
     # Measured on 2 CPU cores, 4 M parameters, 8 x 256 tokens: the loop over experts is 10-15 % faster than grouped_mm.
     experts = "eager" if device.type == "cpu" else "grouped_mm"

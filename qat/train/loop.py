@@ -29,7 +29,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from qat.data.render import IGNORED
 from qat.errors import UserError
-from qat.patches.guard import watch
+from qat.patches.guard import enabled_quantizers, watch
 from qat.progress import Progress, progress_bar
 from qat.storage import storage_fault, write_atomic
 from qat.train import checkpoint
@@ -85,6 +85,7 @@ class LoopResult(NamedTuple):
         deleted: Checkpoints that were deleted before the start, with the reason.
         seconds: Time of all processes that worked on it.
         peak_rss_mb: Peak resident memory of this process, MB.
+        guard: Counts of what the last watched step reached; None where this process watched none.
     """
 
     steps: int
@@ -96,6 +97,7 @@ class LoopResult(NamedTuple):
     deleted: list[str]
     seconds: float
     peak_rss_mb: float
+    guard: dict[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
         """The fields, jsonable."""
@@ -153,6 +155,8 @@ class Loop(Trainer):
         self.root = out / "checkpoints"
         self.save_every = block.save_every
         self._watched: set[int] = set()
+        self._wanted = enabled_quantizers(model)
+        self._guard: dict[str, Any] | None = None
         self._first_step = 0
         self._clock, self._spent = time.monotonic(), 0.0
         self._bar: Progress | None = None
@@ -220,9 +224,10 @@ class Loop(Trainer):
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         self._watched |= set(due)
-        with watch(self.model) as seen:
+        with watch(self.model, quantized=self._wanted) as seen:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        seen.require(quantizers=True, adapters=True)
+        seen.require()
+        self._guard = seen.to_json()
         return loss
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -342,6 +347,7 @@ class Loop(Trainer):
             deleted=deleted,
             seconds=round(self.seconds, 2),
             peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
+            guard=self._guard,
         )
 
     def _take_up(self, folder: Path | None) -> int | None:

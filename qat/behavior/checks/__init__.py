@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from qat.behavior.checks import content, fabrication, leaks, manners, names, tools
-from qat.behavior.checks.base import BoundCheck, CheckResult, Reply, ToolCall, bind, check_names
+from qat.behavior.checks import (
+    content,
+    fabrication,
+    followup,
+    judge,
+    language,
+    leaks,
+    manners,
+    names,
+    refusal,
+    roles,
+    speech,
+    thinking,
+    timing,
+    tools,
+    user_code,
+)
+from qat.behavior.checks.base import BoundCheck, CheckError, CheckResult, Reply, ToolCall, bind, check_names
 
 __all__ = [
     "BoundCheck",
+    "CheckError",
     "CheckResult",
     "Reply",
     "ToolCall",
@@ -14,8 +31,17 @@ __all__ = [
     "check_names",
     "content",
     "fabrication",
+    "followup",
+    "judge",
+    "language",
     "leaks",
     "manners",
     "names",
+    "refusal",
+    "roles",
+    "speech",
+    "thinking",
+    "timing",
     "tools",
+    "user_code",
 ]

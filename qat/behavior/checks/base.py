@@ -1,7 +1,8 @@
 """What a check sees, what it says, and the table of all checks.
 
-A check is a pure function `(reply, params) -> CheckResult`. Its parameters are a pydantic model that refuses unknown
-keys, so a misspelt parameter is found when the suite is loaded and not when the server has been running for an hour.
+A check is a pure function `(reply, params) -> CheckResult`; only `judge` and `python` reach beyond the reply. Its
+parameters are a pydantic model that refuses unknown keys, so a misspelt parameter is found when the suite is loaded
+and not when the server has been running for an hour.
 """
 
 from __future__ import annotations
@@ -37,6 +38,17 @@ def failed(detail: str) -> CheckResult:
     return CheckResult(False, detail)
 
 
+LONGEST = 100_000
+"""Characters of a text that the checks look at."""
+
+
+class CheckError(Exception):
+    """The check could not judge: a judge out of reach or talking nonsense, a time that nobody measured.
+
+    An error is neither a pass nor a fail: the result carries it as its `error` and counts in no rate.
+    """
+
+
 class ToolCall(NamedTuple):
     """One call of the model: `arguments` is None where `raw` is not a JSON object."""
 
@@ -54,22 +66,31 @@ class Reply:
         context: The messages of the case, system message first.
         tool_results: What the scripted tools returned to this reply, in order.
         tools: The OpenAI tools offered.
+        latency_s: Wall seconds of the whole reply; None where nobody measured.
+        first_token_s: Seconds to the first token of the first answer; None where the answers were not streamed.
     """
 
     produced: Sequence[Mapping[str, Any]]
     context: Sequence[Mapping[str, Any]] = ()
     tool_results: Sequence[str] = ()
     tools: Sequence[Mapping[str, Any]] = ()
+    latency_s: float | None = None
+    first_token_s: float | None = None
 
     @cached_property
     def texts(self) -> tuple[str, ...]:
-        """Every non-empty text that the model spoke, also those beside a tool call: a voice reads them all."""
-        return tuple(text for message in self.produced if (text := message.get("content") or "").strip())
+        """Every non-empty text that the model spoke, also those beside a tool call: a voice reads them all.
+
+        Each is judged by its first 100,000 characters, which take a voice two hours: a server that sends megabytes must
+        not stop the run.
+        """
+        texts = (str(message.get("content") or "")[:LONGEST] for message in self.produced)
+        return tuple(text for text in texts if text.strip())
 
     @cached_property
     def final(self) -> str:
         """The text of the last message; empty where the model ended with a tool call alone."""
-        return (self.produced[-1].get("content") or "").strip() if self.produced else ""
+        return str(self.produced[-1].get("content") or "")[:LONGEST].strip() if self.produced else ""
 
     @cached_property
     def calls(self) -> tuple[ToolCall, ...]:
@@ -106,23 +127,24 @@ CheckFunction = Callable[[Reply, P], CheckResult]
 
 
 class Check(NamedTuple):
-    """A registered check."""
+    """A registered check; `waits` marks one that waits for a network or a user's code."""
 
     name: str
     params: type[Params]
     run: Callable[[Reply, Any], CheckResult]
+    waits: bool = False
 
 
 _CHECKS: dict[str, Check] = {}
 
 
-def check(name: str, params: type[P]) -> Callable[[CheckFunction[P]], CheckFunction[P]]:
+def check(name: str, params: type[P], *, waits: bool = False) -> Callable[[CheckFunction[P]], CheckFunction[P]]:
     """Register a check function under a name; a second function of that name is refused."""
 
     def enter(function: CheckFunction[P]) -> CheckFunction[P]:
         if name in _CHECKS:
             raise ValueError(f"two checks named {name!r}")
-        _CHECKS[name] = Check(name, params, function)
+        _CHECKS[name] = Check(name, params, function, waits)
         return function
 
     return enter
@@ -134,14 +156,19 @@ def check_names() -> list[str]:
 
 
 class BoundCheck(NamedTuple):
-    """A check with its parameters."""
+    """A check with its parameters; one that `waits` belongs in a thread of its own, off an event loop."""
 
     name: str
     params: Params
     run: Callable[[Reply, Any], CheckResult]
+    waits: bool = False
 
     def __call__(self, reply: Reply) -> CheckResult:
-        """Judge a reply."""
+        """Judge a reply.
+
+        Raises:
+            CheckError: The check could not judge.
+        """
         return self.run(reply, self.params)
 
 
@@ -159,7 +186,7 @@ def bind(name: str, params: Mapping[str, Any]) -> BoundCheck:
             + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(check_names())}")
         )
     try:
-        return BoundCheck(name, entry.params.model_validate(params), entry.run)
+        return BoundCheck(name, entry.params.model_validate(params), entry.run, entry.waits)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

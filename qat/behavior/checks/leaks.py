@@ -1,4 +1,4 @@
-"""Checks that the machinery stays out of sight: tool syntax, thinking, the system prompt, roles of the conversation.
+"""Checks that the machinery stays out of sight: tool syntax, raw JSON, the system prompt.
 
 The patterns cover the chat templates of the vendors in use (Qwen, Nemotron, Llama, Mistral, DeepSeek, GLM, Kimi,
 MiniMax, Command, Granite, Gemma, gpt-oss, Functionary, Firefunction, InternLM, LFM2, Seed, Phi): what such a model
@@ -18,10 +18,13 @@ from pydantic import Field
 from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
 
 _TOOL_SYNTAX = regex.compile(
-    r"""</?(?:[a-z]+:)?tool_?(?:call|calls|code|response|result|results|use|list)\b[^>\n]{0,80}>   # <minimax:tool_call>
+    r"""</?(?:[a-z]+:)?tool_?(?:call|calls|code|response|result|results|use
+      |list)\b[^>\n]{0,80}>   # <minimax:tool_call>
       | </?(?:tool|function|functions)_?(?:call|calls|response|result|output)s?>
       | <(?:start|end)_(?:of_)?function_(?:call|response|declaration)>
-      | </?(?:tools|available_tools|ipython|dsml)>
+      | </?(?:tools|available_tools|execute_tool|tool_input|ipython|dsml)>
+      | \btool_?calls?\s*[:=]
+      | \bto=\w+(?:\.\w+)?\s*(?:<\||(?:json|code)?\s*\{)
       | </?(?:function|parameter|invoke|tool|arg|param)(?:=|\s+name\s*=)[^>\n]{0,120}>?   # <function=name>
       | </(?:function|parameter|invoke)>
       | </?arg_(?:key|value)>
@@ -35,8 +38,8 @@ _TOOL_SYNTAX = regex.compile(
       | \bdefault_api\.\w+\(
       | \bto=functions?\.\w+
       | \bfunctions\.\w+:\d+
-      | ^\s*>>>\s*\w+\s*$
-      | ^\s*Action(?:\s+Input)?\s*:\s*\S.*$
+      | ^[ \t]*>>>[ \t]*\w+[ \t]*$
+      | ^[ \t]*Action(?:\s+Input)?\s*:\s*\S.*$
       | <\|(?:channel|constrain|recipient)\|>""",
     regex.VERBOSE | regex.IGNORECASE | regex.MULTILINE,
 )
@@ -74,18 +77,31 @@ def _spoken(name: str) -> regex.Pattern[str]:
     return regex.compile(rf"(?<!\w){regex.escape(name)}(?!\w)")
 
 
-def json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """Every outermost JSON object that stands in a text."""
+_OPENING = regex.compile(r"[\[{]")
+_FALSE_STARTS = 64
+"""After so many brackets that open no value a text is no data; each costs a parse, and a reply may be all brackets."""
+
+
+def json_values(text: str) -> Iterator[object]:
+    """Every outermost JSON object and array that stands in a text."""
     decoder = json.JSONDecoder()
-    position = text.find("{")
-    while position >= 0:
+    position = false_starts = 0
+    while false_starts < _FALSE_STARTS and (opening := _OPENING.search(text, position)):
         try:
-            value, end = decoder.raw_decode(text, position)
-        except ValueError:
-            end = position + 1
+            value, position = decoder.raw_decode(text, opening.start())
+        except (ValueError, RecursionError):
+            position = opening.end()
+            false_starts += 1
         else:
             yield value
-        position = text.find("{", end)
+
+
+def json_objects(text: str) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a text, also those in an array."""
+    for value in json_values(text):
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, dict):
+                yield item
 
 
 _NAME_KEYS = frozenset(("name", "function", "tool", "tool_name", "function_name", "action", "recipient_name"))
@@ -113,35 +129,36 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-_THINK_MARKS = regex.compile(
-    r"""</?(?:[a-z]+:)?(?:think|thinking|thought|thoughts|reasoning|reflection|scratchpad|analysis|inner_monologue)\b[^>\n]{0,40}>
-      | \[/?(?:THINK|THINKING|REASONING)\]
-      | ◁/?think▷
-      | <\|/?(?:think|thinking|begin_of_thought|end_of_thought|inner_prefix|START_THINKING|END_THINKING)\|?>
-      | <\|channel\|?>\s*(?:analysis|thought)
-      | ^\s*(?:assistant)?(?:analysis|thought)\s*(?:\n|:)""",
-    regex.VERBOSE | regex.IGNORECASE | regex.MULTILINE,
-)
-# Reasoning that lost its tags: it speaks of the user in the third person or of the reply as a task.
-_THINK_ALOUD = regex.compile(
-    r"""^\W*(?:(?:okay|ok|alright|hmm+|so|well|now|first)[,.]?\s+){0,2}
-        (?: (?:the|this)\s+user\s+(?:is|was|has|wants|asks|asked|said|says|just|seems|might|mentioned|needs|didn)
-          | (?:we|i)\s+(?:need|have|should|must)\s+(?:to\s+)?
-            (?:respond|reply|answer|produce|figure|think|check\s+(?:the|if|whether)\s+(?:user|rules|tools?|system))
-          | let(?:'s|\s+me|\s+us)\s+(?:think|reason|break\s+this|analy[sz]e|see\s+what\s+the\s+user)
-          | (?:according\s+to|per|based\s+on)\s+(?:the|my)\s+(?:rules|instructions|system\s+prompt|guidelines)
-        )\b""",
-    regex.VERBOSE | regex.IGNORECASE,
+# What is left of an object that no parser takes: a Python dict, an object that was cut, keys without quotation marks.
+_JSON_PIECE = regex.compile(
+    r"""(?<!\w)(["'])[\w .-]+\1\s*:\s*(?:"[^"\n]*"\s*[,}\]\n]|'[^'\n]*'\s*[,}]|[\[{]|-?\d[\d.]*\s*[,}\]]|(?:true
+      |false|null|None|True|False)\b)
+      | \{\s*(["'])[\w .-]+\2\s*:
+      | \{\s*[A-Za-z_]\w*\s*:\s*(?:["'\[{]|-?\d+\s*[,}]|(?:true|false|null)\b)""",
+    regex.VERBOSE,
 )
 
 
-@check("no_think_leak", Params)
-def no_think_leak(reply: Reply, params: Params) -> CheckResult:
-    """No thinking in any text: neither tags of any vendor nor untagged reasoning at the beginning."""
+@check("no_json_leak", Params)
+def no_json_leak(reply: Reply, params: Params) -> CheckResult:
+    """No raw data in any text: no JSON object, no array of texts, objects or arrays, no piece of one that was cut.
+
+    A set of numbers, a placeholder in braces, code with braces and a bracketed aside are no data.
+    """
     for text in reply.texts:
-        if found := _THINK_MARKS.search(text) or _THINK_ALOUD.search(text):
-            return failed(f"thinking {found.group().strip()!r}")
+        if "{" in text or "[" in text:
+            for value in filter(_is_data, json_values(text)):
+                return failed(f"raw data: {_short(value)}")
+        if found := _JSON_PIECE.search(text):
+            return failed(f"raw data: {found.group().strip()[:80]}")
     return PASSED
+
+
+def _is_data(value: object) -> bool:
+    """A list of numbers is arithmetic and an empty one nothing; an object, or an array of anything else, is data."""
+    if isinstance(value, list):
+        return any(isinstance(item, str | list | dict) for item in value)
+    return bool(value)
 
 
 class PromptLeak(Params):
@@ -151,9 +168,30 @@ class PromptLeak(Params):
 
 
 _PROMPT_TALK = regex.compile(
-    r"\b(?:my|the)\s+(?:system\s+prompt|instructions|prompt|hidden\s+rules|guidelines)\s+(?:is|are|say|says|tell|tells|state|states|require|told|forbids?)\b"
-    r"|\bI\s+(?:was|am|have\s+been)\s+(?:instructed|told|programmed|prompted|configured)\s+(?:to|not\s+to)\b|</?(?:rules|system|instructions|persona)>",
-    regex.IGNORECASE,
+    r"""\bmy\s+(?:system\s+|developer\s+|initial\s+|hidden\s+)?
+        (?:prompt|message|instructions?|rules|guidelines|set-?up|configuration|programming)\s
+        (?:is|are|say|tell|state|require|told|forbid|do|don['’]t|allow|prohibit|prevent|:)
+      | \b(?:as\s+per|according\s+to|per|here\s+(?:is|are)|following|follow)\s+my\s+
+        (?:system\s+|developer\s+)?(?:prompt|message|instructions?|rules|guidelines)\b
+      | \bthe\s+(?:system|developer|hidden)\s+(?:prompt|message|rules|instructions?)\s+
+        (?:says?|tells?|told|states?|requires?|forbids?|allows?|is|are)\b
+      | \bthe\s+(?:prompt|instructions|guidelines)\s+(?:says?|tells?|told|states?|requires?|forbids?)\s+(?:me|us
+        |that\s+I|not)\b
+      | \bI\s+follow\s+(?:these|the\s+following)\s+rules\b | \bthe\s+rules\s+are\s*:
+      | \bI(?:['’]m|\s+am|\s+was|['’]ve\s+been|\s+have\s+been)\s+(?:instructed|programmed|prompted
+        |configured)\s+(?:not\s+)?to\b
+      | \bI(?:['’]m|\s+am|\s+was|['’]ve\s+been|\s+have\s+been)\s+(?:not\s+)?(?:told|allowed|supposed|permitted
+        |required)\s+
+        (?:not\s+)?to\s+(?:\w+\s+){0,3}(?:answer|reply|respond|use|be|keep|ask|say|speak|emoji|markdown|question
+          |reveal|share|talk|act|sentence)
+      | \bI\s+(?:must|have\s+to)\s+(?:keep|stay|answer|reply|respond)\b.{0,80}\b(?:sentences?|words?|set-?up|rules)\b
+      | </?(?:rules|system|instructions|persona)>
+      | ನನ್ನ\s(?:ಸೂಚನೆ|ನಿಯಮ|ಪ್ರಾಂಪ್ಟ್) | मेरे\s(?:निर्देश|नियम|सिस्टम|प्रॉम्प्ट) | என்\s(?:அறிவுறுத்தல|விதிமுறை)
+      | \bmeine[nr]?\s(?:anweisung|vorgabe|regel|systemnachricht|instruktion) | \bmein\ssystem-?prompt
+      | \bmes\s(?:instructions|consignes|règles) | \bmis\s(?:instrucciones|reglas) | \bminhas\s(?:instruções|regras)
+      | \ble\smie\s(?:istruzioni|regole) | \bмои\s(?:инструкции|правила)
+      | 我的(?:系统)?(?:提示词?|指令|设定|规则|指示) | 私の(?:システム)?(?:プロンプト|指示|設定|ルール) | تعليماتي""",
+    regex.IGNORECASE | regex.VERBOSE,
 )
 _TOKEN = regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\u200C\u200D]*")
 
@@ -176,53 +214,4 @@ def no_prompt_leak(reply: Reply, params: PromptLeak) -> CheckResult:
             window = tuple(tokens[i : i + params.words])
             if window in shingles:
                 return failed(f"repeats the system prompt: {' '.join(window)!r}")
-    return PASSED
-
-
-class RoleConfusion(Params):
-    """Names of the user, as whom the model must not speak."""
-
-    user: tuple[str, ...] = ()
-
-
-_OTHERS = (
-    r"chat\s?gpt|gpt-?[345o]\w*|claude|qwen\d*|tongyi|gemini|bard|llama(?:\s?\d)?|mistral|nemotron|deepseek|kimi|copilot|siri|alexa|grok|"
-    r"google\s+assistant|phi-?\d"
-)
-_MAKERS = (
-    r"openai|anthropic|alibaba(?:\s+cloud)?|google(?:\s+deepmind)?|meta(?:\s+ai)?|nvidia|mistral\s+ai|deepseek|microsoft|"
-    r"moonshot(?:\s+ai)?|xai"
-)
-_CONFUSED = regex.compile(
-    rf"""\b(?:i\s+am|i['’]m|my\s+name\s+is|this\s+is|call\s+me)\s+(?:actually\s+|really\s+|just\s+)?(?:{_OTHERS})\b
-      | \bas\s+an?\s+(?:ai|artificial\s+intelligence|large\s+language\s+model|language\s+model|virtual\s+assistant)\b
-      | \b(?:i\s+am|i['’]m)\s+(?:just\s+|only\s+)?an?\s+(?:large\s+)?
-        (?:language\s+model|ai(?!\s+(?:companion|friend))|artificial\s+intelligence|chat\s?bot)\b
-      | \b(?:i\s+was|i\s+am|i['’]m|model|assistant)\s+(?:\w+\s+)?
-        (?:developed|created|made|trained|built)\s+by\s+(?:{_MAKERS})\b
-      | <\|(?:im_start|im_end|start_header_id|end_header_id|eot_id|endoftext)\|>
-      | <\|(?:user|assistant|system|end|start|message|return)\|>
-      | <｜(?:User|Assistant|end▁of▁sentence|begin▁of▁sentence)｜>
-      | <(?:start|end)_of_turn>|<extra_id_\d>|<SPECIAL_\d+>|</s>|\[/?INST\]|<</?SYS>>
-      | ^\s*(?:\#+\s*)?(?:user|human|assistant|system|bot|ai)\s*:""",
-    regex.VERBOSE | regex.IGNORECASE | regex.MULTILINE,
-)
-
-
-@lru_cache(maxsize=256)
-def _as_user(names: tuple[str, ...]) -> regex.Pattern[str]:
-    any_name = "|".join(map(regex.escape, names))
-    return regex.compile(rf"\b(?:i\s+am|i['’]m|my\s+name\s+is)\s+(?:{any_name})\b", regex.IGNORECASE)
-
-
-@check("no_role_confusion", RoleConfusion)
-def no_role_confusion(reply: Reply, params: RoleConfusion) -> CheckResult:
-    """The model speaks as the persona: not as another assistant or "an AI", not for the user, and without turn markers.
-
-    "I'm Annie, not ChatGPT" and "your AI companion" are the persona's own words and pass.
-    """
-    for text in reply.texts:
-        found = _CONFUSED.search(text) or (_as_user(params.user).search(text) if params.user else None)
-        if found:
-            return failed(f"speaks as another: {found.group().strip()!r}")
     return PASSED

@@ -7,15 +7,13 @@ with (`qat.data.text`) are used here too and widened where a suite must be stric
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated
 
 import regex
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from pydantic import Field
 
 from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
-from qat.data.text import find_emoji, find_follow_up, find_markdown, split_sentences
+from qat.data.text import find_emoji, find_markdown
 
 # Pictures of the plane U+1F000 that stand as text by default (thermometer, dove, chili) are drawn as emoji by every
 # phone.
@@ -43,14 +41,20 @@ def _more(count: int) -> str:
     return f" and {count - 1} more" if count > 1 else ""
 
 
-_MARKUP = regex.compile(r"[*_`#>|~\[\]<•◦‣▪=\\+-]|\d[.)]")
+_MARKUP = regex.compile(r"[*_`#>|~\[\]<•◦‣▪●○■·=\\+–-]|\p{Nd}[.)]")
+_PARSED = 10_000
+"""Characters that the parser and the audit's patterns see: a text that is all brackets takes them quadratic time."""
+_POWER = regex.compile(r"(?<=\d)\*\*(?=\d)")
 _LEFTOVERS = {
     "leftover **": regex.compile(r"\*\*"),
     "leftover __": regex.compile(r"(?<!\w)__|__(?!\w)"),
     "leftover ```": regex.compile(r"```"),
     "leftover ~~": regex.compile(r"~~"),
     "leftover ##": regex.compile(r"^\s{0,3}#{2,6}(?!#)\s*\S", regex.MULTILINE),
-    "bullet mark": regex.compile(r"^\s*[•◦‣▪]\s*\S", regex.MULTILINE),
+    "bullet mark": regex.compile(r"^\s*[•◦‣▪●○■·]\s*\S", regex.MULTILINE),
+    # No list to CommonMark, which wants a space and a hyphen; one to everybody who reads them below one another.
+    "bullet list": regex.compile(r"^(?:[-*]\p{L}|[–+]\s\S)[^\n]*\n+(?:[-*]\p{L}|[–+]\s\S)", regex.MULTILINE),
+    "numbered list": regex.compile(r"^\s*\p{Nd}{1,2}[.)]\s+\S[^\n]*\n+\s*\p{Nd}{1,2}[.)]\s+\S", regex.MULTILINE),
 }
 _TOKENS = {
     "heading_open": "heading",
@@ -81,11 +85,11 @@ def _parser() -> MarkdownIt:
 def no_markdown(reply: Reply, params: Params) -> CheckResult:
     """No markdown in any text: by the CommonMark parser (with tables and strikethrough), plus marks it could not pair.
 
-    Arithmetic ("5 * 3"), snake_case, a hash tag and a sentence that begins with a year ("2024. That was …") are no
-    markdown.
+    Arithmetic ("5 * 3", "2**3"), snake_case, a hash tag and a sentence that begins with a year ("2024. That was …")
+    are no markdown.
     """
     for text in reply.texts:
-        if _MARKUP.search(text) and (found := _markdown(text.strip())):
+        if _MARKUP.search(text) and (found := _markdown(_POWER.sub("^", text.strip()))):
             return failed(found)
     return PASSED
 
@@ -94,7 +98,7 @@ def _markdown(text: str) -> str | None:
     for name, pattern in _LEFTOVERS.items():
         if pattern.search(text):
             return name
-    tokens = _parser().parse(text)
+    tokens = _parser().parse(text[:_PARSED])
     for position, token in enumerate(tokens):
         if token.type == "ordered_list_open" and _is_list(tokens, position):
             return "numbered list"
@@ -103,7 +107,7 @@ def _markdown(text: str) -> str | None:
                 return _TOKENS[part.type]
             if part.type in ("html_inline", "html_block") and _FORMATTING_TAG.match(part.content):
                 return "html"
-    rest = find_markdown(text)
+    rest = find_markdown(text[:_PARSED])
     return rest[0] if rest else None
 
 
@@ -119,76 +123,13 @@ def _is_list(tokens: list[Token], position: int) -> bool:
     return items > 1
 
 
-class Limit(Params):
-    """The most that one spoken message may hold."""
-
-    n: Annotated[int, Field(ge=0)]
-
-
-@check("max_sentences", Limit)
-def max_sentences(reply: Reply, params: Limit) -> CheckResult:
-    """No message is longer than n sentences, by `qat.data.text.split_sentences`."""
-    for text in reply.texts:
-        count = len(split_sentences(text))
-        if count > params.n:
-            return failed(f"{count} sentences, at most {params.n}")
-    return PASSED
-
-
-# A word is a run of letters, marks and digits with inner apostrophes, points, commas or hyphens ("don't", "7:30",
-# "well-known"). Scripts without spaces count one word a character, which is near their speaking time.
-_WORD = regex.compile(
-    r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}]|[\p{L}\p{N}][\p{L}\p{N}\p{M}\u200C\u200D]*(?:['’.,:-][\p{L}\p{N}][\p{L}\p{N}\p{M}]*)*"
-)
-
-
-@check("max_words", Limit)
-def max_words(reply: Reply, params: Limit) -> CheckResult:
-    """No message is longer than n words."""
-    for text in reply.texts:
-        count = len(_WORD.findall(text))
-        if count > params.n:
-            return failed(f"{count} words, at most {params.n}")
-    return PASSED
-
-
-_QUOTED = regex.compile(r"\"[^\"\n]*\"|“[^”\n]*”|«[^»\n]*»|(?<!\w)'[^'\n]*'(?!\w)|‘[^’\n]*’(?!\w)")
-_QUESTION = regex.compile(r"[?？؟][\"'”’)\]»]*$")
-_ADDRESSES = regex.compile(
-    r"\b(?:you|your|yours|u|shall|should|ready|okay|alright)\b|ನೀವು|ನಿಮ|ಬೇಕಾ|आप|चाह", regex.IGNORECASE
-)
-_INVITES = regex.compile(
-    r"\blet me know\b|\bjust ask\b|\bfeel free\b|\bhappy to help\b|\banything else\b|\btell me more\b"
-    r"|\bask me\b.*\bany ?time\b"
-    r"|\bif you(?:'d| would)? (?:like|want|wish|need)\b.*\b(?:i can|i could|tell me|say)\b"
-    r"|\b(?:i can|i could) .*\bif you(?:'d| would)? (?:like|want|wish|need)\b",
-    regex.IGNORECASE,
-)
-
-
-@check("no_follow_up_question", Params)
-def no_follow_up_question(reply: Reply, params: Params) -> CheckResult:
-    """The reply does not throw the ball back.
-
-    It fails where the last sentence is a question, where any sentence asks the user ("Should I …?", "… your …?"), and
-    where it invites more without a question mark ("Let me know if …"). A question inside quotation marks is the text of
-    somebody else, and a question that the reply itself answers ("The capital? Bengaluru.") asks nobody.
-    """
-    for text in reply.texts:
-        # A reply that stands as a whole in quotation marks quotes nobody.
-        spoken = _QUOTED.sub("so", text) if not _QUOTED.fullmatch(text.strip()) else text.strip()[1:-1]
-        if offer := find_follow_up(spoken):
-            return failed(f"asks back: {offer}")
-        for sentence in split_sentences(spoken):
-            if _INVITES.search(sentence) or (_QUESTION.search(sentence) and _ADDRESSES.search(sentence)):
-                return failed(f"asks back: {sentence}")
-    return PASSED
+_SAID = regex.compile(r"[\p{L}\p{N}]")
 
 
 @check("not_empty", Params)
 def not_empty(reply: Reply, params: Params) -> CheckResult:
     """The last message holds a letter or a digit, or calls a tool."""
-    if regex.search(r"[\p{L}\p{N}]", reply.final):
+    if _SAID.search(reply.final):
         return PASSED
     if reply.produced and reply.produced[-1].get("tool_calls"):
         return PASSED

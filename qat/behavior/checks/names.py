@@ -68,8 +68,9 @@ def name_spelling(reply: Reply, params: NameSpelling) -> CheckResult:
     """No capitalised word is a near miss of a name.
 
     Near is one edit (insertion, deletion, substitution, swap of neighbours), or two for names of six letters and more
-    with the same first letter. Words of fewer than four letters are too short to tell. Scripts without capitals are all
-    looked at.
+    with the same first letter, or another spelling of the same sound ("Anny"). Another person's name that is that near
+    ("Rakesh" beside "Rajesh") belongs under `allowed`. Words of fewer than four letters are too short to tell. Scripts
+    without capitals are all looked at.
     """
     right = {part for name in (*params.names, *params.allowed) for part in fold(name).split()}
     names = {part for name in params.names for part in fold(name).split() if len(part) >= 4}
@@ -84,14 +85,41 @@ def name_spelling(reply: Reply, params: NameSpelling) -> CheckResult:
     return PASSED
 
 
+# What grammar may write onto a whole name: plurals and peoples in Latin script.
+_SUFFIX = regex.compile(r"s|es|n|an|ans|ean|eans|ite|ites")
+_LATIN = regex.compile(r"\p{Latin}")
+_MARK = regex.compile(r"\p{M}")
+_DOUBLED = regex.compile(r"(.)\1+")
+_VIRAMA = "\u0ccd\u094d\u0bcd\u0c4d\u0d4d\u09cd\u0acd"
+
+
 def _near(word: str, name: str) -> bool:
-    if abs(len(word) - len(name)) > 2:
+    if abs(len(word) - len(name)) > 2 or _inflected(word, name):
         return False
+    if _LATIN.match(name) and _sound(word) == _sound(name):
+        return True
     distance = edit_distance(word, name)
-    # A plural or a case suffix on a whole name is grammar and not a misspelling.
-    if word.startswith(name):
-        return False
     return distance == 1 or (distance == 2 and len(name) >= 6 and word[0] == name[0])
+
+
+def _inflected(word: str, name: str) -> bool:
+    """Whether the word is the name with an ending, which is grammar and no misspelling.
+
+    Indian scripts write case endings on, and drop the virama of a final consonant before them; a vowel sign alone on
+    the end is a letter too many.
+    """
+    if _LATIN.match(name):
+        return word.startswith(name) and _SUFFIX.fullmatch(word[len(name) :]) is not None
+    stem = name.rstrip(_VIRAMA)
+    ending = word[len(stem) :]
+    return word.startswith(stem) and len(ending) > 0 and not _MARK.fullmatch(ending)
+
+
+@lru_cache(maxsize=8192)
+def _sound(word: str) -> str:
+    """A spelling without what is not heard: doubled letters, y for i, a final e."""
+    word = word.replace("aa", "a").replace("ee", "i").replace("oo", "u").replace("ph", "f").replace("y", "i")
+    return str(_DOUBLED.sub(r"\1", word)).removesuffix("e")
 
 
 def edit_distance(a: str, b: str) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import regex
 from pydantic import Field, field_validator, model_validator
 
-from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, ToolCall, check, failed
+from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, ToolCall, check, failed, parse_call
 from qat.behavior.checks.names import fold
 
 Scalar = str | int | float | bool | None
@@ -124,6 +124,61 @@ def schema_fault(call: ToolCall, tools: object) -> str | None:
         return None
     faults = argument_faults(call.name, call.arguments, offered)
     return faults[0] if faults else None
+
+
+class ParallelCalls(Params):
+    """The calls that are due in one message.
+
+    Attributes:
+        calls: Each as in `calls`; their order is free, and each is met by a call of its own.
+        extra: Further calls beside them are allowed.
+    """
+
+    calls: Annotated[list[Calls], Field(min_length=2)]
+    extra: bool = False
+
+
+@check("parallel_calls", ParallelCalls)
+def parallel_calls(reply: Reply, params: ParallelCalls) -> CheckResult:
+    """One message of the model makes all the calls that are due, in any order, and no other."""
+    best = "no tool was called"
+    for message in reply.produced:
+        made = [parse_call(call) for call in message.get("tool_calls") or ()]
+        if not made:
+            continue
+        if not params.extra and len(made) > len(params.calls):
+            best = f"{len(made)} calls, {len(params.calls)} due"
+            continue
+        fits = [
+            [call.name == due.tool and _call_fault(call, due, reply) is None for call in made] for due in params.calls
+        ]
+        unmet = _unmatched(fits)
+        if unmet is None:
+            return PASSED
+        due = params.calls[unmet]
+        faults = [fault for call in made if call.name == due.tool and (fault := _call_fault(call, due, reply))]
+        best = f"no call for {due.tool} (number {unmet + 1} of those due)" + (f": {faults[0]}" if faults else "")
+    return failed(best)
+
+
+def _unmatched(fits: list[list[bool]]) -> int | None:
+    """Match every row to a column of its own, by augmenting paths (Kuhn); the first row that finds none, or None.
+
+    Args:
+        fits: (due, made); whether a made call meets a due one.
+    """
+    owner: dict[int, int] = {}
+
+    def place(row: int, seen: set[int]) -> bool:
+        for column, fit in enumerate(fits[row]):
+            if fit and column not in seen:
+                seen.add(column)
+                if column not in owner or place(owner[column], seen):
+                    owner[column] = row
+                    return True
+        return False
+
+    return next((row for row in range(len(fits)) if not place(row, set())), None)
 
 
 class NoCall(Params):

@@ -92,7 +92,7 @@ NO_THINK_LEAK = [
     ("Okay, the user is asking about a bike.", False),
     ("The user wants a reminder.", False),
     ("We need to respond briefly.", False),
-    ("Let me think. It is five.", False),
+    ("Let me think. It is five.", True),
     ("<seed:think>hm", False),
     ("<reasoning>x</reasoning>", False),
     ("According to the rules, I answer briefly.", False),

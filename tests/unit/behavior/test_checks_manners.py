@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import regex
 
@@ -244,3 +246,41 @@ def test_finished_sees_a_reply_cut_at_the_limit() -> None:
 def test_wrong_parameters_are_refused_by_name(name: str, params: dict[str, object], text: str) -> None:
     with pytest.raises(ValueError, match=regex.escape(text)):
         bind(name, params)
+
+
+HOSTILE = [
+    "a",
+    " ",
+    "[",
+    '{"a":',
+    '"',
+    "*",
+    "if you want ",
+    "I can ",
+    "\n",
+    "<",
+    "ನಾನು ",
+    ". ",
+    "? ",
+    "`",
+    "> ",
+    "- ",
+    "1",
+    "1. a\n",
+]
+TEXT_CHECKS = {
+    "no_emoji": {}, "no_markdown": {}, "no_follow_up_question": {}, "no_tool_leak": {}, "no_think_leak": {},
+    "no_json_leak": {}, "no_role_confusion": {}, "no_prompt_leak": {}, "no_refusal": {}, "not_empty": {},
+    "no_fabrication": {"claims": True}, "max_sentences": {"n": 2}, "max_words": {"n": 40},
+    "language": {"expected": "en"}, "name_spelling": {"names": ["Rajesh"]}, "mentions": {"any": ["zebra"]},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", HOSTILE)
+def test_a_megabyte_of_anything_is_judged_in_seconds(piece: str) -> None:
+    said = reply(piece * (1_000_000 // len(piece)))
+    for name, params in TEXT_CHECKS.items():
+        start = time.perf_counter()
+        bind(name, params)(said)
+        assert time.perf_counter() - start < 10, name

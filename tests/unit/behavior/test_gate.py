@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 from scipy.stats import norm
+from statsmodels.stats.proportion import proportion_confint
 
-from qat.behavior.gate import Decision, Verdict, compare, judge, write_verdict
+from qat.behavior.compare import compare
+from qat.behavior.gate import Decision, Verdict, judge, write_verdict
+from qat.behavior.paired import PairedCounts, tango_z
 from qat.behavior.records import CaseResult, FailedCheck, ResultMeta, meta_path
 from qat.behavior.suite import Suite
+from qat.behavior.summary import markdown
 from qat.errors import ExitCode, UserError
 from qat.recipe.schema import GateBlock
 from tests.unit.behavior.helpers import small_suite
@@ -145,18 +149,10 @@ def test_better_is_no_drop_and_yet_not_equivalent(tmp_path: Path) -> None:
     assert (found.comparisons[0].tost_p or 0) > 0.5
 
 
-def test_refused_or_missing_answers_forbid_a_pass(tmp_path: Path) -> None:
+def test_missing_answers_forbid_a_pass(tmp_path: Path) -> None:
     suite = small_suite(tmp_path, 400)
     old = arm(tmp_path, suite, "old", good)
-    rows = [result("new", n, good(n, 0)) for n in range(400)]
-    refused = write(
-        tmp_path, suite, "new", [*rows[:-1], result("new", 399, False, error="HTTP 400: too long", failed_checks=[])]
-    )
-    found = judge({"old": old, "new": refused}, suite, gate())
-    assert found.verdict is Decision.INCONCLUSIVE
-    assert found.reasons[0] == "new: the server refused 1 of 400 questions, first c-399: HTTP 400: too long"
-    assert found.arms["new"].overall.n == 399
-    missing = write(tmp_path, suite, "new", rows[:-2])
+    missing = write(tmp_path, suite, "new", [result("new", n, good(n, 0)) for n in range(398)])
     found = judge({"old": old, "new": missing}, suite, gate())
     assert found.verdict is Decision.INCONCLUSIVE
     assert found.reasons[0] == "new: 2 of 400 questions were not asked"
@@ -211,9 +207,15 @@ def test_verdict_files(tmp_path: Path) -> None:
     found = verdict_of(tmp_path, 40, lambda n, s: n not in (3, 5), lambda n, s: True)
     write_verdict(found, tmp_path / "verdict.json", tmp_path / "junit.xml")
     content = json.loads((tmp_path / "verdict.json").read_text())
-    assert list(content) == ["verdict", "reasons", "suite", "gate", "arms", "comparisons", "sampling_comparisons"]
-    assert set(content["arms"]["new"]) == {"overall", "categories", "samplings"}
-    assert set(content["arms"]["new"]["overall"]) == {"passed", "n", "rate", "low", "high", "reason"}
+    assert list(content) == [
+        "verdict", "reasons", "suite", "gate", "look", "arms", "comparisons", "sampling_comparisons"
+    ]  # fmt: skip
+    assert set(content["arms"]["new"]) == {"overall", "categories", "samplings", "errors"}
+    assert set(content["arms"]["new"]["overall"]) == {
+        "passed", "n", "rate", "low", "high", "reason", "cases", "method"
+    }  # fmt: skip
+    assert content["look"] == {"number": None, "planned": None, "confidence": 0.95}
+    assert (tmp_path / "summary.md").read_text() == markdown(content)
     assert {
         "arm", "reference", "difference", "ci_low", "ci_high", "p_mcnemar", "tost_p", "margin", "equivalent",
         "flips_worse", "flips_better",
@@ -255,6 +257,9 @@ def test_gate_arms_without_results(tmp_path: Path) -> None:
         judge(files, suite, gate(sampling="warm"))
     with pytest.raises(UserError, match="cannot be read"):
         judge(files | {"new": tmp_path / "nowhere.jsonl"}, suite, gate())
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match="holds no results"):
+        judge(files | {"new": tmp_path / "empty.jsonl"}, suite, gate())
 
 
 def test_compare_two_files(tmp_path: Path) -> None:
@@ -282,3 +287,47 @@ def test_compare_uses_the_pairs_that_both_have(tmp_path: Path) -> None:
     new = write(tmp_path, suite, "new", [result("new", n, n != 12) for n in range(10, 40)])
     (found,) = compare(old, new)
     assert (found.pairs, found.flips_worse) == (20, ["c-012"])
+
+
+def test_categories_come_with_their_own_difference(tmp_path: Path) -> None:
+    """k0 holds 30 cases of which 3 are lost; k1 holds 9, too few for a difference but not for a count."""
+    suite = small_suite(tmp_path, 60)
+    numbers = [*range(0, 60, 2), *range(1, 19, 2)]
+    old = write(tmp_path, suite, "old", [result("old", n, True) for n in numbers])
+    new = write(tmp_path, suite, "new", [result("new", n, n not in (0, 2, 4, 1)) for n in numbers])
+    (found,) = compare(old, new)
+    k0, k1 = found.categories
+    assert (k0.category, k0.pairs, k0.worse, k0.better) == ("k0", 30, 3, 0)
+    assert k0.difference == pytest.approx(-0.1)
+    assert k0.ci_low is not None and k0.ci_high is not None
+    for end, sign in ((k0.ci_low, 1), (k0.ci_high, -1)):
+        assert tango_z(PairedCounts(0, 3, 30), end) == pytest.approx(sign * norm.ppf(0.975), abs=1e-6)
+    assert (k0.p_mcnemar, k0.p_holm) == (pytest.approx(0.25), pytest.approx(0.5))
+    assert (k1.pairs, k1.worse, k1.difference, k1.ci_low) == (9, 1, None, None)
+    assert "too few: 9 cases" in (k1.reason or "")
+
+
+def test_an_arm_asked_twice_is_compared_with_itself(tmp_path: Path) -> None:
+    """The repeated pass has another name and the same temperature, top_p and seed; 2 of 40 answers differ."""
+    suite = small_suite(tmp_path, 40)
+
+    def rows(name: str, flipped: tuple[int, ...]) -> list[CaseResult]:
+        once = [result(name, n, n != 5, seed=3) for n in range(40)]
+        again = [result(name, n, (n != 5) != (n in flipped), seed=3, sampling="again") for n in range(40)]
+        other_seed = [result(name, n, False, seed=4, sampling="again") for n in range(40)]
+        return once + again + other_seed
+
+    old = write(tmp_path, suite, "old", [result("old", n, True, seed=3) for n in range(40)])
+    new = write(tmp_path, suite, "new", rows("new", (5, 7)))
+    (found,) = compare(old, new, sampling="greedy")
+    flips = found.self_flips
+    assert flips is not None and (flips.flips, flips.pairs, flips.rate) == (2, 40, pytest.approx(0.05))
+    low, high = proportion_confint(2, 40, method="wilson")
+    assert (flips.low, flips.high) == (pytest.approx(low), pytest.approx(high))
+    assert found.reference_self_flips is None
+    assert found.to_json()["self_flips"]["flips"] == 2
+    verdict = judge({"old": old, "new": new}, suite, gate())
+    assert verdict.comparisons[0].self_flips == flips
+    warm = meta_path(new).read_text().replace('"again":{"temperature":0.0', '"again":{"temperature":0.7')
+    meta_path(new).write_text(warm)
+    assert compare(old, new, sampling="greedy")[0].self_flips is None  # another temperature is no repetition

@@ -42,6 +42,23 @@ def test_a_slow_disk_delays_nothing_and_loses_nothing(tmp_path: Path, monkeypatc
     assert 1 <= len(syncs) < 20
 
 
+def test_a_record_counts_as_kept_only_after_the_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = os.fsync, []
+    journal = Journal(tmp_path / "j.jsonl")
+
+    def watched(descriptor: int) -> None:
+        seen.append(journal.on_disk)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    with journal:
+        for n in range(3):
+            journal.append(Line(n=n))
+            while journal.on_disk <= n:
+                time.sleep(0.001)
+    assert seen == [0, 1, 2]
+
+
 def test_partial_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, content: real(descriptor, bytes(content)[:7]))

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from qat.behavior import client
+from qat.behavior import client, runner
+from qat.behavior.conversation import MAX_TOOL_ROUNDS
 from qat.behavior.records import CaseResult, read_results
-from qat.behavior.runner import MAX_TOOL_ROUNDS, run_suite
+from qat.behavior.runner import repeated, run_suite
 from qat.behavior.suite import load_suite
 from qat.errors import UserError
 from tests.unit.behavior.helpers import TOOLS, block, case, small_suite, write_suite
@@ -70,7 +71,8 @@ def test_every_case_sampling_and_seed_is_asked_once(tmp_path: Path) -> None:
         30,
         210,
     )
-    assert bar.steps == list(range(31))
+    assert bar.steps == sorted(bar.steps)
+    assert (bar.steps[0], bar.steps[-1]) == (0, 30)
     body = stub.bodies[0]
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert (body["model"], body["max_tokens"], body["tools"]) == ("m", 32, TOOLS)
@@ -91,7 +93,7 @@ def test_results_hold_what_the_contract_says(tmp_path: Path) -> None:
             {"check": "mentions", "detail": "mentions none of 'yes'"},
             {"check": "no_emoji", "detail": "emoji 😊 (U+1F60A)"},
         ],
-        "completion_tokens": 7, "error": None,
+        "completion_tokens": 7, "first_token_s": None, "error": None,
     }  # fmt: skip
 
 
@@ -187,14 +189,18 @@ def test_a_dying_server_loses_nothing(tmp_path: Path) -> None:
     def dying(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]] | None:
         return yes(body, number) if number < 17 else None
 
-    with serving(dying) as stub, pytest.raises(UserError, match="does not answer") as fault:
+    with serving(dying) as stub, pytest.raises(UserError, match="20 questions in a row got no answer") as fault:
         run_suite(suite, stub.url, "m", "new", block(), out, Quiet())
     assert "answers so far are kept" in str(fault.value)
-    assert len(lines(out)) == 17
+    assert "connection: " in str(fault.value)
+    assert [line["error"] is None for line in lines(out)][:17] == [True] * 17
+    assert sum(line["error"] is None for line in lines(out)) == 17
     with serving(yes) as stub:
         summary = run_suite(suite, stub.url, "m", "new", block(), out, Quiet())
-    assert (summary.asked, summary.resumed, summary.passed) == (23, 17, 40)
-    assert len({line["case"] for line in lines(out)}) == len(lines(out)) == 40
+    assert (summary.asked, summary.resumed, summary.passed, summary.errors) == (23, 17, 40, 0)
+    answered = Counter(line["case"] for line in lines(out) if line["error"] is None)
+    assert len(answered) == 40
+    assert set(answered.values()) == {1}
 
 
 def test_no_server_at_all(tmp_path: Path) -> None:
@@ -215,19 +221,61 @@ def test_an_unknown_model_stops_at_once(tmp_path: Path, status: int) -> None:
     assert len(stub.bodies) <= 4
 
 
-def test_a_body_that_is_no_completion_is_named(tmp_path: Path) -> None:
-    with serving(lambda b, n: (200, {"hello": 1})) as stub, pytest.raises(UserError, match="no chat completion"):
-        run_suite(small_suite(tmp_path, 1), stub.url, "m", "new", block(), tmp_path / "new.jsonl", Quiet())
-
-
 def test_a_bug_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: client.ChatClient, content: bytes) -> client.AnsweredBy:
+    def broken(content: bytes) -> tuple[dict[str, Any], int]:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(client.ChatClient, "_read", broken)
+    monkeypatch.setattr(client, "read_answer", broken)
     with serving(yes) as stub, pytest.raises(ExceptionGroup) as fault:
         run_suite(small_suite(tmp_path, 3), stub.url, "m", "new", block(), tmp_path / "new.jsonl", Quiet())
     assert fault.value.split(ZeroDivisionError)[0] is not None
+
+
+def test_repeats_are_samplings_of_their_own(tmp_path: Path) -> None:
+    samplings = [{"name": "warm", "temperature": 0.7, "top_p": 0.9, "seeds": [3, 4], "limit": 2}]
+    asked = repeated(block(sampling=samplings), 3)
+    with serving(yes) as stub:
+        summary = run_suite(small_suite(tmp_path, 5), stub.url, "m", "new", asked, tmp_path / "new.jsonl", Quiet())
+    assert summary.asked == 12
+    keys = {(line["case"], line["sampling"], line["seed"]) for line in lines(tmp_path / "new.jsonl")}
+    assert keys == {(f"c-{c:03d}", s, seed) for c in range(2) for s in ("warm", "warm_2", "warm_3") for seed in (3, 4)}
+    assert {(b["temperature"], b["top_p"]) for b in stub.bodies} == {(0.7, 0.9)}
+    with pytest.raises(UserError, match="name of another sampling"):
+        repeated(block(sampling=[{"name": "a"}, {"name": "a_2"}]), 2)
+
+
+def test_what_is_reported_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, seen = tmp_path / "new.jsonl", []
+    real = os.fsync
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.01)
+        real(descriptor)
+
+    class Watching(Quiet):
+        def update(self, completed: int, note: str = "") -> None:
+            seen.append((completed, out.read_bytes().count(b"\n") if out.is_file() else 0))
+
+    monkeypatch.setattr(os, "fsync", slow)
+    with serving(yes) as stub:
+        run_suite(small_suite(tmp_path, 60), stub.url, "m", "new", block(), out, Watching())
+    assert seen[-1] == (60, 60)
+    assert all(reported <= there for reported, there in seen)
+
+
+def test_errors_and_answers_that_alternate_do_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "MAX_ERRORS_IN_A_ROW", 3)
+
+    def shaky(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:
+        return yes(body, number) if int(question(body).split()[1]) % 3 == 0 else (200, {"hello": 1})
+
+    with serving(shaky) as stub:
+        summary = run_suite(
+            small_suite(tmp_path, 30), stub.url, "m", "new", block(concurrency=1), tmp_path / "new.jsonl", Quiet()
+        )
+    assert (summary.passed, summary.errors, summary.error_kinds) == (10, 20, {"no chat completion": 20})
 
 
 def test_a_torn_last_line_is_dropped_and_asked_again(tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
 
     make = generate.conversations
 
-    def few(persona: Any, count: int, seed: int, *, held_out: bool = False) -> Any:
-        return make(persona, min(count, 40), seed, held_out=held_out)
+    def few(persona: Any, count: int, seed: int, *, held_out: bool = False, joined: int = 1) -> Any:
+        return make(persona, min(count, 40), seed, held_out=held_out, joined=joined)
 
     monkeypatch.setattr(generate, "conversations", few)
     (tmp_path / "here").mkdir()

@@ -97,7 +97,7 @@ def test_changed_recipe_reruns_what_depends_on_it(stages: FakeStages, capsys: py
     assert main(["run", "--recipe", "annie_tiny", "--set", "train.distill.max_steps=5"]) == 0
     qad = [TRAIN[2], TRAIN[3], EXPORT[2], "serve nvfp4_all_qad", "suite nvfp4_all_qad", "stop", "report"]
     assert stages.calls == qad
-    assert "train.distill.max_steps (100 -> 5)" in capsys.readouterr().err
+    assert "train.distill.max_steps (60 -> 5)" in capsys.readouterr().err
     capsys.readouterr()
     stages.calls.clear()
     assert main(["test", "--set", "behavior.gate.pass_floor=0.99", "--json"]) == 3  # 120 of 120 do not prove 99 %

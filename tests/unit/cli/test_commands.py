@@ -64,7 +64,8 @@ def test_generated_file_is_that_of_the_seed(stages: FakeStages, capsys: Capture)
         assert result["conversations"] == 40
     files = [Path(f"{name}.jsonl").read_bytes() for name in "abc"]
     assert files[0] == files[1] != files[2]
-    assert main(["data", "generate", "x.jsonl", "--set", "data.source=a.jsonl", "--set", "data.count=null"]) == 2
+    file_source = ["data.source=a.jsonl", "data.count=null", "train.distill.prompts=null"]
+    assert main(["data", "generate", "x.jsonl", *(part for item in file_source for part in ("--set", item))]) == 2
     assert "reads a file" in capsys.readouterr().err
 
 
@@ -239,28 +240,6 @@ def test_chat_without_a_server(capsys: Capture, monkeypatch: pytest.MonkeyPatch,
     assert "no server runs" in capsys.readouterr().err
     assert main(["chat", "hello", "--url", "http://127.0.0.1:9", "--persona", "annie_tiny"]) == 2
     assert "cannot be reached" in capsys.readouterr().err
-
-
-def test_patches(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qat.patches import registry
-    from qat.patches.protocol import ProbeResult, Status
-
-    def patch(name: str, status: Status) -> Any:
-        about = {"title": f"about {name}", "breaks": "b", "upstream": "u", "affects": "peft"}
-        return SimpleNamespace(name=name, probe=lambda: ProbeResult(status, "seen"), **about)
-
-    known = [patch("one", Status.NEEDED), patch("two", Status.NOT_NEEDED)]
-    monkeypatch.setattr(registry, "all_patches", lambda: known)
-    assert main(["patches", "list"]) == 0
-    assert "about two" in capsys.readouterr().out
-    assert main(["patches", "check", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[0] == {"name": "one", "status": "needed", "detail": "seen"}
-    known.append(patch("three", Status.CANNOT_TELL))
-    assert main(["patches", "check"]) == 1
-    assert main(["patches", "explain", "two"]) == 0
-    capsys.readouterr()
-    assert main(["patches", "explain", "twoo"]) == 2
-    assert "did you mean 'two'" in capsys.readouterr().err
 
 
 def test_engine(capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,13 +59,13 @@ def test_names_what_was_bypassed() -> None:
         step(model, torch.randn(3, 4))
     with pytest.raises(DeadModules) as dead:
         seen.require()
-    assert dead.value.quantizers == ["1.input_quantizer"]
-    assert dead.value.parameters == ["1.lora_A", "1.lora_B"]
+    assert dead.value.dead.quantizers == ["1.input_quantizer"]
+    assert dead.value.dead.parameters == ["1.lora_A", "1.lora_B"]
     assert "1.input_quantizer" in str(dead.value) and "1.lora_B" in str(dead.value)
     seen.require(quantizers=False, adapters=False)
     with pytest.raises(DeadModules, match="quantizers") as dead:
         seen.require(adapters=False)
-    assert not dead.value.parameters
+    assert not dead.value.dead.parameters
 
 
 def test_a_gradient_of_zeros_every_time_is_dead() -> None:
@@ -76,7 +76,7 @@ def test_a_gradient_of_zeros_every_time_is_dead() -> None:
         step(model, torch.zeros(3, 4))
     with pytest.raises(DeadModules) as dead:
         seen.require()
-    assert dead.value.parameters == ["lora_A", "lora_B"]
+    assert dead.value.dead.parameters == ["lora_A", "lora_B"]
 
 
 def test_a_gradient_of_zeros_once_is_not() -> None:

@@ -133,8 +133,9 @@ def test_faults() -> None:
         Preset("all").quantized_modules({"model_type": "gpt2"})
     with pytest.raises(UserError, match="multiple of 16"):
         Preset("all").quantized_modules({**config, "moe_intermediate_size": 40})
-    with pytest.raises(UserError, match="kinds of the layers"):
-        Preset("all").quantized_modules({**config, "layers_block_type": ["moe", "magic"]})
+    for kinds in (["moe", "magic"], ["moe", None], ["moe", ["moe"]], []):
+        with pytest.raises(UserError, match="kinds of the layers"):
+            Preset("all").quantized_modules({**config, "layers_block_type": kinds})
     with pytest.raises(UserError, match="whole number"):
         Preset("all").quantized_modules({key: value for key, value in config.items() if key != "hidden_size"})
 

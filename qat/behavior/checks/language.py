@@ -1,0 +1,158 @@
+"""Check of the language of a reply, by script and, within a script, by its commonest words.
+
+No model and no word list beyond what stands here: a rule that a reader can follow, exact for the languages that own
+their script (Kannada, Tamil, Telugu, …). Limits: a transliterated reply (Kannada in Latin letters) counts as the Latin
+text it is; Latin-script languages are told apart by function words, so three or four words may say nothing and pass;
+among languages that share a script only those of the table are known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import regex
+from pydantic import field_validator
+
+from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
+
+_OWN_SCRIPT = {
+    "kn": "Kannada", "ta": "Tamil", "te": "Telugu", "ml": "Malayalam", "gu": "Gujarati", "pa": "Gurmukhi",
+    "or": "Oriya", "bn": "Bengali", "si": "Sinhala", "th": "Thai", "lo": "Lao", "km": "Khmer", "my": "Myanmar",
+    "ka": "Georgian", "hy": "Armenian", "am": "Ethiopic", "el": "Greek", "he": "Hebrew", "ko": "Hangul",
+}  # fmt: skip
+_SHARED_SCRIPT = {
+    "Latin": {
+        "en": "the a an is are was were of to in on at and or it this that you your he she they we i for with not "
+        "have has do does did will can be as by from but my his her there here what which who if so all no "
+        "yes up its our out now then",
+        "de": "der die das ein eine einen dem den des ist sind war und oder nicht ich du er sie es wir ihr mit "
+        "für auf zu von im am in an dass auch noch nur heute kein keine mir dir mich dich hat haben wird "
+        "kann",
+        "fr": "à le la les un une des du de est sont et ou ne pas je tu il elle nous vous ils avec pour sur dans en "
+        "que qui ce cette au aux plus mais son sa ses mon votre j' l' d' c' n' s' qu' t' m' y",
+        "es": "el la los las un una de del es son y o no que en por para con se su al lo como más pero este esta "
+        "hoy mi tu yo te le les muy hay ya me está estoy si mañana",
+        "it": "il lo la i gli le un una di del della è sono e o non che in per con si su al come più ma questo "
+        "questa oggi domani fa mi ti ci da nel alla ho hai ha",
+        "pt": "o a os as um uma de do da dos das é são e ou não que em por para com se no na ao mais mas este "
+        "esta hoje amanhã eu você me te seu sua está",
+        "nl": "de het een is zijn was en of niet ik je jij hij zij we wij met voor op te van in aan dat ook nog "
+        "maar vandaag geen mij er naar bij",
+    },
+    "Devanagari": {
+        "hi": "है हैं था थी थे का की के को में से पर और नहीं यह वह मैं आप हम तुम ने भी कि तो हो गया रहा रही एक "
+        "क्या",
+        "mr": "आहे आहेत होता होती आणि नाही मध्ये हा ही हे मी तू तुम्ही आम्ही त्या ला ने चा ची चे च्या काय पण एक "
+        "झाले",
+    },
+    "Cyrillic": {
+        "ru": "и в не на я что это с он она по но как мы вы ты у за из же от так все был есть для о",
+        "uk": "і в не на я що це з він вона по але як ми ви ти у за із же від так все був є для про та",
+    },
+    "Arabic": {
+        "ar": "في من على إلى هذا هذه أن لا ما هو هي كان قد عن مع أنا أنت هل لم ذلك كل",
+        "fa": "است در به از که این آن را با برای من تو شما ما هم نیست بود می یک",
+        "ur": "ہے ہیں میں کی کے کا کو سے اور نہیں یہ وہ آپ پر نے تھا ایک بھی ہو",
+    },
+}  # fmt: skip
+_SCRIPT_OF = _OWN_SCRIPT | {code: script for script, known in _SHARED_SCRIPT.items() for code in known}
+LANGUAGES = tuple(sorted({*_SCRIPT_OF, "zh", "ja"}))
+"""Codes (ISO 639-1) of the languages that the check knows."""
+
+_SCRIPTS = sorted({*_SCRIPT_OF.values(), "Han", "Hiragana", "Katakana"})
+_LETTER = regex.compile("|".join(rf"(?P<{script}>\p{{Script={script}}}+)" for script in _SCRIPTS))
+_TOKEN = regex.compile(r"(?:\p{L}|\p{M})+['’]?")
+_COMMON_WORDS = {
+    script: {code: frozenset(words.split()) for code, words in known.items()}
+    for script, known in _SHARED_SCRIPT.items()
+}
+_TELLING = {"es": "¿¡ñ", "de": "ß", "pt": "ãõ", "uk": "іїєґ", "ru": "ыэъё", "fa": "پچژگ", "ur": "ٹڈڑںے"}
+"""Letters that only one of the languages sharing its script writes; one of them weighs as two common words."""
+_HAN_WEIGHT = 3
+_TELLING_FROM = 3
+"""Fewer words may be a name or a title."""
+_LEAD = 0.8
+"""How many common words, shared ones in part, another language must have more than the expected one."""
+_SILENT_FROM = 8
+"""From this many words on, a text without one function word of the expected language is in another."""
+
+
+class Language(Params):
+    """The language that the reply must be in, as an ISO 639-1 code."""
+
+    expected: str
+
+    @field_validator("expected")
+    @classmethod
+    def _known(cls, code: str) -> str:
+        if code not in LANGUAGES:
+            raise ValueError(f"{code!r} is not known; known: {', '.join(LANGUAGES)}")
+        return code
+
+
+@check("language", Language)
+def language(reply: Reply, params: Language) -> CheckResult:
+    """Every text is, for the most part, in the expected language; names and single foreign words may stand in it.
+
+    A text without letters is in no language and passes.
+    """
+    for text in reply.texts:
+        if found := _other_language(text, params.expected):
+            return failed(found)
+    return PASSED
+
+
+def _other_language(text: str, expected: str) -> str | None:
+    letters = _letters(text)
+    total = sum(letters.values())
+    if not total:
+        return None
+    if expected in ("zh", "ja"):
+        kana, han = letters["Hiragana"] + letters["Katakana"], letters["Han"]
+        mine = kana + han
+        # Japanese writes its grammar in kana; a few characters without any may be either language.
+        if expected == "zh" and 4 * kana > mine:
+            return "Japanese, not zh"
+        if expected == "ja" and kana == 0 and mine > 4 * _HAN_WEIGHT:
+            return "Chinese, not ja"
+    else:
+        mine = letters[_SCRIPT_OF[expected]]
+    if 2 * mine < total:
+        return f"{letters.most_common(1)[0][0]} script, not {expected}"
+    known = _COMMON_WORDS.get(_SCRIPT_OF.get(expected, ""))
+    return _by_words(text, expected, known) if known else None
+
+
+def _letters(text: str) -> Counter[str]:
+    """Letters by script; a Han character weighs as the letters of the syllable that it is."""
+    count: Counter[str] = Counter()
+    for match in _LETTER.finditer(text):
+        script = str(match.lastgroup)
+        count[script] += len(match.group()) * (_HAN_WEIGHT if script == "Han" else 1)
+    return count
+
+
+def _by_words(text: str, expected: str, known: dict[str, frozenset[str]]) -> str | None:
+    words = [word.replace("’", "'") for word in _TOKEN.findall(text.casefold())]
+    if len(words) < _TELLING_FROM:
+        return None
+    weight = {code: 2.0 * any(mark in text for mark in _TELLING.get(code, "")) for code in known}
+    for word in words:
+        # "a", "la", "in" are words of several languages: each gets its part.
+        owners = [code for code, common in known.items() if word in common]
+        for code in owners:
+            weight[code] += 1 / len(owners)
+    best = max(weight, key=lambda code: weight[code])
+    if weight[best] > weight[expected] + _LEAD:
+        return f"{best}, not {expected}"
+    if len(words) >= _SILENT_FROM and weight[expected] == 0:
+        return f"none of the commonest words of {expected}"
+    return None
+
+
+def capitalises_nouns(text: str) -> bool:
+    """Whether the text is German, where a capital letter makes no name."""
+    known = _COMMON_WORDS["Latin"]
+    words = _TOKEN.findall(text.casefold())
+    german = sum(word in known["de"] for word in words)
+    return german > sum(word in known["en"] for word in words)
