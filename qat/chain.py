@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 TRAIN_FILE = "data/train.jsonl"
 VALIDATION_FILE = "data/validation.jsonl"
 HELD_OUT_FILE = "data/held_out.jsonl"
-HELD_OUT_COUNT = 300
+HELD_OUT_COUNT = 1000
 AUDIT_FILE = "data/audit.json"
 SFT_ADAPTER = "sft/adapter"
 NVFP4_KINDS = ("ptq", "distilled")

@@ -154,6 +154,9 @@ def _cpu_arguments(config: dict[str, Any], block: ServeBlock) -> list[str]:
     # its worker in one process: one import of vLLM less.
     arguments = ["--enforce-eager", "--distributed-executor-backend", "uni"]
     arguments += ["--kv-cache-memory-bytes", str(int(block.kv_cache_gib * 2**30))]
+    # A prompt that is prefilled in two steps takes its seed's generator back by an offset, which CPU generators do not
+    # have: "RuntimeError: CPU Generator does not use offset" ends the engine (gpu_model_runner.py, vLLM 0.32).
+    arguments.append("--no-enable-chunked-prefill")
     if config.get("model_type") == "nemotron_h":
         # vLLM's Mamba scan for CPU keeps no state per chunk, which prefix caching needs: with it, any prompt longer
         # than a cache block ends the engine with an IndexError (mamba_mixer2.py, vLLM 0.32).

@@ -214,7 +214,8 @@ def test_the_command_carries_the_whole_block(tmp_path: Path, monkeypatch: pytest
         "--seed": "3",
     }
     assert {name: options.get(name) for name in expected} == expected
-    assert {"--enable-auto-tool-choice", "--no-enable-prefix-caching", "--enforce-eager"} <= set(command.argv)
+    flags = {"--enable-auto-tool-choice", "--no-enable-prefix-caching", "--enforce-eager", "--no-enable-chunked-prefill"}
+    assert flags <= set(command.argv)
     assert command.env["VLLM_PLUGINS"] == "qat"
     assert command.env["QAT_VLLM_FLOAT32"] == "1"
 
@@ -226,7 +227,7 @@ def test_what_only_some_models_need_is_left_out_for_others(tmp_path: Path, monke
     assert not {"--no-enable-prefix-caching", "--kv-cache-dtype"} & set(command.argv)
     assert "QAT_VLLM_FLOAT32" not in command.env
     on_gpu = launch.build_command(checkpoint, ServeBlock(device="cuda"), 1)
-    assert not {"--enforce-eager", "--kv-cache-memory-bytes"} & set(on_gpu.argv)
+    assert not {"--enforce-eager", "--kv-cache-memory-bytes", "--no-enable-chunked-prefill"} & set(on_gpu.argv)
 
 
 def test_the_curl_line_survives_a_shell() -> None:
