@@ -1,13 +1,16 @@
-"""Which experts the calibration reached.
+"""Which experts the calibration reached, and what helps where it did not.
 
 An expert that saw almost nothing has had no say in its layer's activation range.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qat.train.routing import chosen_experts, routed_experts
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -33,6 +36,34 @@ class ExpertTokens(NamedTuple):
         return {expert: count for expert, count in enumerate(self.tokens) if count < TOO_FEW_TOKENS}
 
 
+def remedy(experts: Sequence[ExpertTokens], read: int, available: int) -> str | None:
+    """Say what would give starved experts enough tokens.
+
+    Args:
+        experts: Of all layers.
+        read: Conversations that calibration read.
+        available: Conversations of the training set.
+
+    Returns:
+        One sentence; None where no expert is starved. The number of conversations is in proportion to the tokens of
+        the rarest expert that was reached at all.
+    """
+    starved = [count for layer in experts for count in layer.starved.values()]
+    if not starved:
+        return None
+    unreached = starved.count(0)
+    rarest = min((count for count in starved if count), default=None)
+    said = f"{unreached} experts were never reached: add conversations of other kinds. " if unreached else ""
+    if rarest is None:
+        return said.strip()
+    wanted = math.ceil(read * TOO_FEW_TOKENS / rarest)
+    if wanted <= available:
+        return f"{said}Set quant.calibration.samples to about {wanted} (now {read})."
+    return (
+        f"{said}About {wanted} conversations would reach the rarest; there are {available}: add data, or use them all."
+    )
+
+
 @contextmanager
 def count_expert_tokens(model: nn.Module) -> Iterator[list[ExpertTokens]]:
     """Count routed tokens per expert while the block runs.
@@ -47,10 +78,9 @@ def count_expert_tokens(model: nn.Module) -> Iterator[list[ExpertTokens]]:
 
     counts: dict[str, Tensor] = {}
     handles: list[Any] = []
-    for name, module in model.named_modules():
-        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3 and hasattr(module, "num_experts"):
-            counts[name] = torch.zeros(module.num_experts, dtype=torch.long)
-            handles.append(module.register_forward_pre_hook(_counter(counts[name]), with_kwargs=True))
+    for name, module in routed_experts(model).items():
+        counts[name] = torch.zeros(int(module.num_experts), dtype=torch.long)  # type: ignore[arg-type]
+        handles.append(module.register_forward_pre_hook(_counter(counts[name]), with_kwargs=True))
     found: list[ExpertTokens] = []
     try:
         yield found
@@ -62,8 +92,6 @@ def count_expert_tokens(model: nn.Module) -> Iterator[list[ExpertTokens]]:
 
 def _counter(count: Tensor) -> Any:
     def hook(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        # transformers' fused experts: forward(hidden_states, top_k_index, top_k_weights)
-        index = named["top_k_index"] if "top_k_index" in named else arguments[1]
-        count.add_(index.reshape(-1).cpu().bincount(minlength=len(count)))
+        count.add_(chosen_experts(arguments, named).reshape(-1).cpu().bincount(minlength=len(count)))
 
     return hook

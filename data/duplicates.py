@@ -3,7 +3,7 @@
 Two turns are equal when they are so after `normalise_turn` (case, punctuation and white space do not count), and
 nearly equal when the Jaccard similarity of their sets of character 4-grams reaches a threshold. All pairs are found,
 none by chance: the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006) only leaves out pairs that cannot reach
-it.
+it. Sets too large for that are for `minhash`.
 """
 
 from __future__ import annotations
@@ -59,21 +59,18 @@ def near_pairs(turns: Sequence[str], threshold: float = NEAR) -> list[Pair]:
     Returns:
         The pairs with `first < second` by position, most similar first.
     """
-    grams = [_grams(turn) for turn in turns]
-    frequency = Counter(gram for each in grams for gram in each)
-    # Rare grams first: a pair that reaches the threshold shares one of the first |A| - ceil(t |A|) + 1 grams of each
-    # side.
-    ordered = [sorted(each, key=lambda gram: (frequency[gram], gram)) for each in grams]
+    sets = [grams(turn) for turn in turns]
+    frequency = Counter(gram for each in sets for gram in each)
+    ordered = [_rare_first(each, frequency) for each in sets]
     index: dict[str, list[int]] = defaultdict(list)
     pairs = []
-    for second in sorted(range(len(turns)), key=lambda position: (len(grams[position]), position)):
-        size = len(grams[second])
-        prefix = ordered[second][: size - math.ceil(threshold * size) + 1]
+    for second in sorted(range(len(turns)), key=lambda position: (len(sets[position]), position)):
+        size = len(sets[second])
+        prefix = ordered[second][: _prefix_length(size, threshold)]
         for first in {position for gram in prefix for position in index[gram]}:
-            if len(grams[first]) < threshold * size:
+            if len(sets[first]) < threshold * size:
                 continue
-            shared = len(grams[first] & grams[second])
-            similarity = shared / (len(grams[first]) + size - shared)
+            similarity = jaccard(sets[first], sets[second])
             if similarity >= threshold:
                 pairs.append(Pair(min(first, second), max(first, second), similarity))
         for gram in prefix:
@@ -81,9 +78,52 @@ def near_pairs(turns: Sequence[str], threshold: float = NEAR) -> list[Pair]:
     return sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
 
-def _grams(turn: str) -> frozenset[str]:
+class NearIndex:
+    """A fixed set of turns, such as a suite's questions, in which others are looked up.
+
+    Args:
+        turns: Normalised turns.
+        threshold: Least Jaccard similarity, in (0, 1].
+    """
+
+    def __init__(self, turns: Sequence[str], threshold: float = NEAR) -> None:
+        self._threshold = threshold
+        self._sets = [grams(turn) for turn in turns]
+        self._frequency = Counter(gram for each in self._sets for gram in each)
+        self._index: dict[str, list[int]] = defaultdict(list)
+        for position, each in enumerate(self._sets):
+            for gram in _rare_first(each, self._frequency)[: _prefix_length(len(each), threshold)]:
+                self._index[gram].append(position)
+
+    def nearest(self, turn: str) -> tuple[int, float] | None:
+        """The position and similarity of the turn that is most like a normalised one; None where none is near."""
+        mine = grams(turn)
+        prefix = _rare_first(mine, self._frequency)[: _prefix_length(len(mine), self._threshold)]
+        found = {position for gram in prefix for position in self._index.get(gram, ())}
+        best = max(((jaccard(mine, self._sets[position]), -position) for position in found), default=(0.0, 0))
+        return (-best[1], best[0]) if best[0] >= self._threshold else None
+
+
+def _rare_first(each: frozenset[str], frequency: Mapping[str, int]) -> list[str]:
+    # A pair that reaches the threshold shares one of the first |A| - ceil(t |A|) + 1 grams of each side, whatever the
+    # order; with the rare ones first, few others share them by chance.
+    return sorted(each, key=lambda gram: (frequency.get(gram, 0), gram))
+
+
+def _prefix_length(size: int, threshold: float) -> int:
+    return size - math.ceil(threshold * size) + 1
+
+
+def grams(turn: str) -> frozenset[str]:
+    """The character 4-grams of a normalised turn, its edges marked by a space."""
     padded = f" {turn} "
     return frozenset(padded[start : start + _GRAM] for start in range(max(1, len(padded) - _GRAM + 1)))
+
+
+def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
+    """Size of the intersection by size of the union."""
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared)
 
 
 def find_leaks(training: Iterable[Mapping[str, Any]], held_out: Iterable[Mapping[str, Any]]) -> list[Leak]:

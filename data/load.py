@@ -1,4 +1,4 @@
-"""Reading and writing conversations as JSONL, with every fault of a file reported at once.
+"""Reading conversations of any known form, with every fault of a source reported at once, and writing JSONL.
 
 What is repaired on the way in, because the meaning is certain: arguments written as a JSON string become a mapping,
 `content: null` beside tool calls becomes an empty text, keys whose value is null are dropped, and calls without ids
@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from qat.data.forms import CONVERSATION_KEYS, Form, convert, detect
+from qat.data.records import Entry, Source, sample
 from qat.data.schema import ROLES, Conversation, kind_of, tool_faults
 from qat.errors import UserError
 from qat.storage import write_atomic
 
 _SHOWN_FAULTS = 20
-_CONVERSATION_KEYS = ("messages", "tools", "category", "id")
+_SAMPLED = 50
 _MESSAGE_KEYS = {
     "system": {"role", "content", "name"},
     "user": {"role", "content", "name"},
@@ -27,42 +31,82 @@ _MESSAGE_KEYS = {
 }
 
 
-def load_conversations(path: str | Path) -> list[Conversation]:
-    """Read conversations from a JSONL file (UTF-8, one object a line, empty lines allowed).
+class Read(NamedTuple):
+    """One record as it was read.
+
+    Attributes:
+        conversation: The conversation; None where it has faults.
+        faults: What is wrong with it, one line each.
+        unread: Keys of the record that its form does not know.
+    """
+
+    conversation: Conversation | None
+    faults: list[str]
+    unread: tuple[str, ...] = ()
+
+
+def form_of(source: Source) -> Form:
+    """Tell of which form the records of a source are, from its first few.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
+    return detect(sample(list(islice(source, _SAMPLED))))
+
+
+def read_entry(entry: Entry, form: Form, *, stem: str) -> Read:
+    """Bring one record of a source into memory form.
 
     Args:
-        path: The file.
+        entry: The record.
+        form: Its form.
+        stem: What the id of a record without one begins with; its number follows.
 
     Returns:
-        The conversations in file order, arguments as mappings; `id` defaults to `<stem>-<line>`, `category` to
+        The conversation, or what is wrong with the record.
+    """
+    if isinstance(entry.raw, bytes):
+        record, faults = _parse(entry.raw, entry.number)
+        if faults:
+            return Read(None, faults)
+    else:
+        record = entry.raw
+    record, faults, unread = convert(record, form, table=isinstance(entry.raw, dict))
+    if not faults:
+        faults = normalise(record, default_id=f"{stem}-{entry.number}")
+    return Read(None if faults else record, faults, unread)
+
+
+def load_conversations(path: str | Path, form: Form | None = None) -> list[Conversation]:
+    """Read the conversations of a file or folder (JSONL, JSON, Parquet, a data set saved to disk).
+
+    Args:
+        path: The file or folder.
+        form: Of its records; None to tell it from the first few.
+
+    Returns:
+        The conversations in order, arguments as mappings; `id` defaults to `<stem>-<line>`, `category` to
         `uncategorised`.
 
     Raises:
-        UserError: The file cannot be read, holds no conversation, or has faults: all are listed with line number and
+        UserError: The source cannot be read, holds no conversation, or has faults: all are listed with line number and
             reason.
     """
-    path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError("The conversations cannot be read.", where=str(path), value=str(error)) from error
+    source = Source(path)
+    form = form or form_of(source)
     conversations: list[Conversation] = []
     faults: list[str] = []
-    lines_of_ids: dict[str, int] = {}
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        record, problems = _parse(line)
-        if not problems:
-            problems = normalise(record, default_id=f"{path.stem}-{number}")
-        if not problems:
-            first = lines_of_ids.setdefault(record["id"], number)
-            if first != number:
-                problems = [f"id {record['id']!r} is already used in line {first}"]
-        if problems:
-            faults += [f"line {number}: {problem}" for problem in problems]
-        else:
-            conversations.append(record)
+    places_of_ids: dict[str, str] = {}
+    for entry in source:
+        place = source.place(entry.file, entry.number)
+        conversation, problems, _ = read_entry(entry, form, stem=source.files[entry.file].stem)
+        if conversation is not None:
+            first = places_of_ids.setdefault(conversation["id"], place)
+            if first != place:
+                problems = [f"id {conversation['id']!r} is already used in {first}"]
+            else:
+                conversations.append(conversation)
+        faults += [f"{place}: {problem}" for problem in problems]
     if faults:
         raise UserError(
             _headline(faults), where=str(path), value=_listing(faults), remedy="mend these lines; nothing was read"
@@ -84,7 +128,7 @@ def _listing(faults: Sequence[str]) -> str:
     return "\n          ".join(shown)
 
 
-def _parse(line: bytes) -> tuple[Any, list[str]]:
+def _parse(line: bytes, number: int) -> tuple[Any, list[str]]:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -92,7 +136,8 @@ def _parse(line: bytes) -> tuple[Any, list[str]]:
     try:
         record = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
-        return None, [f"malformed JSON: {error.msg} at column {error.colno}"]
+        beyond = f" of line {number + error.lineno - 1}" if error.lineno > 1 else ""
+        return None, [f"malformed JSON: {error.msg} at column {error.colno}{beyond}"]
     except ValueError as error:
         return None, [str(error)]
     except RecursionError:
@@ -139,9 +184,7 @@ def normalise(record: Any, *, default_id: str) -> list[str]:
     for key in [key for key, value in record.items() if value is None]:
         del record[key]
     faults = [
-        f"unknown key {key!r} (known: {', '.join(_CONVERSATION_KEYS)})"
-        for key in record
-        if key not in _CONVERSATION_KEYS
+        f"unknown key {key!r} (known: {', '.join(CONVERSATION_KEYS)})" for key in record if key not in CONVERSATION_KEYS
     ]
     record.setdefault("id", default_id)
     record.setdefault("category", "uncategorised")
@@ -149,7 +192,7 @@ def normalise(record: Any, *, default_id: str) -> list[str]:
         f"{key} is {kind_of(record[key])}, not a text" for key in ("id", "category") if not isinstance(record[key], str)
     ]
     if "tools" in record:
-        faults += tool_faults(record["tools"])
+        faults += _faults_of_tools(json.dumps(record["tools"]))
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         return [*faults, "messages is missing, empty or no list"]
@@ -157,6 +200,12 @@ def normalise(record: Any, *, default_id: str) -> list[str]:
     if shapes:
         return faults + shapes
     return faults + _order_faults(messages) + _call_faults(messages, record.get("tools") if not faults else None)
+
+
+@lru_cache(maxsize=256)
+def _faults_of_tools(tools: str) -> tuple[str, ...]:
+    """`tool_faults`, once for the tools that a hundred thousand conversations share."""
+    return tuple(tool_faults(json.loads(tools)))
 
 
 def _message_faults(position: int, message: Any) -> list[str]:

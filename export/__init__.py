@@ -12,8 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qat.errors import UserError
-from qat.export.adapter import Adapter, read_adapter
-from qat.export.config import copy_companions, dump_json, exclude_modules, quantization_files, read_config
+from qat.export.adapter import Adapter, packed_below, read_adapter
+from qat.export.config import (
+    copy_companions,
+    dump_json,
+    exclude_modules,
+    quantization_files,
+    read_config,
+    template_files,
+)
 from qat.export.folder import REPORT_NAME, require_space, whole_folder
 from qat.export.merge import find_modules
 from qat.export.pack import Base, Step, check_state, make_plan, write_tensors
@@ -21,6 +28,7 @@ from qat.export.report import ExportMismatch, ExportReport, Precision, VerifyRep
 from qat.export.shards import INDEX_NAME, ShardWriter, file_sha256, read_entries
 from qat.export.verify import verify_export
 from qat.progress import Progress
+from qat.quant.packed import packed_base_sha256
 from qat.quant.state import QuantState
 from qat.train.base import base_sha256
 
@@ -38,6 +46,7 @@ def export_checkpoint(
     *,
     adapters: Sequence[Path] = (),
     quant_state: Path | None = None,
+    chat_template: Path | None = None,
     max_shard_bytes: int = 4 << 30,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -50,8 +59,9 @@ def export_checkpoint(
         base: Folder of the BF16 checkpoint, safetensors, one file or sharded.
         out: The folder to make. A former export there is replaced once the new one is whole; anything else is refused.
         adapters: PEFT LoRA folders in the order of training; each is rounded once to the weight's dtype.
-        quant_state: Scales from calibration or distillation: ModelOpt NVFP4 is written. None: merged weights in the
+        quant_state: Scales from calibration or distillation: ModelOpt's format is written. None: merged weights in the
             base's dtypes.
+        chat_template: Jinja file that the export carries in place of the base's template.
         max_shard_bytes: Tensor bytes in one file; more than one file come with an index.
         progress: Told the percentage that is done (0 to 100), writing and checking together.
 
@@ -67,7 +77,7 @@ def export_checkpoint(
         raise UserError("The size of a shard must be positive.", where="max_shard_bytes", value=max_shard_bytes)
     if out.resolve() in {path.resolve() for path in (base, *adapters)}:
         raise UserError("The export would overwrite one of its inputs.", where=str(out))
-    job = _prepare(base, adapters, quant_state)
+    job = _prepare(base, adapters, quant_state, chat_template)
     with whole_folder(out) as folder:
         require_space(folder, job.size + _SPACE_FOR_SMALL_FILES)
         names = _write(job, folder, max_shard_bytes, progress)
@@ -84,6 +94,7 @@ def export_checkpoint(
             precisions=census(job.plan),
             verification=verification,
             base_sha256=job.digest,
+            packed_base=len(job.base.packed),
             adapters=[adapter.sha256 for adapter in job.adapters],
         )
         (folder / REPORT_NAME).write_text(dump_json(report.to_json()), encoding="utf-8")
@@ -95,12 +106,12 @@ class _Job(NamedTuple):
 
     Attributes:
         base: The opened base.
-        digest: SHA-256 of the base's weights, as adapters and quantizer states remember it.
+        digest: SHA-256 of the base's weights, and of what was packed of them, as adapters and states remember it.
         adapters: The opened adapters.
         plan: What is written for every tensor.
         size: Tensor bytes of the export.
         excluded: `exclude_modules` of the quantization configuration.
-        files: Content of the JSON files, by name.
+        files: Content of the JSON files, and of a chat template of the export's own, by name.
     """
 
     base: Base
@@ -112,20 +123,32 @@ class _Job(NamedTuple):
     files: dict[str, bytes]
 
 
-def _prepare(folder: Path, adapter_folders: Sequence[Path], quant_state: Path | None) -> _Job:
+def _prepare(
+    folder: Path, adapter_folders: Sequence[Path], quant_state: Path | None, chat_template: Path | None
+) -> _Job:
     config = read_config(folder)
     entries = read_entries(folder)
-    base = Base(folder, entries, find_modules(entries, folder))
-    adapters = [read_adapter(path, base.modules, config["model_type"]) for path in adapter_folders]
+    modules = find_modules(entries, folder)
+    adapters = [read_adapter(path, modules, config["model_type"]) for path in adapter_folders]
+    packed = packed_below(adapters, adapter_folders)
+    base = Base(folder, entries, modules, frozenset(packed))
     state = QuantState.load(quant_state) if quant_state else None
-    digest = base_sha256(folder)
+    digest = packed_base_sha256(base_sha256(folder), packed)
     _require_same_base(digest, list(zip(adapter_folders, adapters, strict=True)), state, quant_state)
     excluded: list[str] = []
     files = {"config.json": (folder / "config.json").read_bytes()}
     if state is not None:
         check_state(base, state, config)
         excluded = exclude_modules(entries, base.modules, state.modules)
-        files = {name: text.encode() for name, text in quantization_files(config, excluded, state.kv_cache).items()}
+        layers = {
+            tensor.removesuffix(".weight"): module.format
+            for name, module in state.modules.items()
+            for tensor in base.modules[name].tensors
+        }
+        written = quantization_files(config, excluded, state.kv_cache, layers)
+        files = {name: text.encode() for name, text in written.items()}
+    if chat_template is not None:
+        files |= template_files(folder, chat_template)
     plan = make_plan(base, adapters, state)
     size = sum(spec.nbytes for step in plan for spec in step.outputs)
     return _Job(base, digest, adapters, plan, size, excluded, files)
@@ -146,7 +169,8 @@ def _write(job: _Job, folder: Path, max_shard_bytes: int, progress: Progress | N
         files[INDEX_NAME] = dump_json(writer.index).encode()
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    return sorted([*writer.files, *files, *copy_companions(job.base.folder, folder)])
+    copied = copy_companions(job.base.folder, folder, own_template="chat_template.jinja" in files)
+    return sorted([*writer.files, *files, *copied])
 
 
 class _SecondHalf:

@@ -76,12 +76,14 @@ class Adapter(NamedTuple):
         sha256: Of its weight file.
         base_sha256: The base it was trained on; None where the adapter does not say.
         parent_sha256: The adapter it was trained on top of; None where it stands on the base or does not say.
+        packed: Modules of the base that were kept in NVFP4 while it was trained.
     """
 
     factors: dict[str, Factors]
     sha256: str
     base_sha256: str | None
     parent_sha256: str | None
+    packed: tuple[str, ...] = ()
 
 
 def read_adapter(folder: Path, modules: Mapping[str, Module], model_type: str) -> Adapter:
@@ -125,7 +127,29 @@ def read_adapter(folder: Path, modules: Mapping[str, Module], model_type: str) -
         factors[module.name] = _factors(sides["A"], sides["B"], module, parameter, config, folder)
     sidecar = folder / SIDECAR_NAME
     origin = _read_json(sidecar) if sidecar.is_file() else {}
-    return Adapter(factors, file_sha256(weights), origin.get("base_sha256"), origin.get("parent_sha256"))
+    packed = tuple(origin.get("packed") or ())
+    unknown = [name for name in packed if name not in modules]
+    if unknown:
+        raise _unmatched(folder, unknown[0], "it was trained on a base that has this module packed")
+    return Adapter(factors, file_sha256(weights), origin.get("base_sha256"), origin.get("parent_sha256"), packed)
+
+
+def packed_below(adapters: Sequence[Adapter], folders: Sequence[Path]) -> tuple[str, ...]:
+    """The modules that all adapters agree were packed in the base they were trained on.
+
+    Raises:
+        UserError: Some were trained on a packed base and others on another one.
+    """
+    packed = adapters[0].packed if adapters else ()
+    for adapter, folder in zip(adapters, folders, strict=True):
+        if set(adapter.packed) != set(packed):
+            raise UserError(
+                "The adapters were trained on different forms of the base.",
+                where=str(folder),
+                value=f"{len(adapter.packed)} modules of the base in NVFP4, {len(packed)} below {folders[0]}",
+                remedy="Give adapters of one run: an adapter fits the packed or the unpacked base, never both.",
+            )
+    return packed
 
 
 def _parameter_path(

@@ -18,6 +18,10 @@ from qat.export.merge import Module
 from qat.export.shards import TensorEntry
 from qat.quant.names import sharing_groups
 from qat.quant.nvfp4 import BLOCK
+from qat.quant.presets import FP8, NVFP4, W4A16
+
+#: ModelOpt's name of each of our formats (`quant_algo`).
+ALGORITHMS = {NVFP4: "NVFP4", W4A16: "W4A16_NVFP4", FP8: "FP8"}
 
 #: The release whose checkpoint format is written; readers look at the producer to choose a parser.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -40,6 +44,14 @@ COMPANION_FILES = (
     "processor_config.json",
     "LICENSE*",
     "NOTICE*",
+)
+
+
+_TEMPLATE_PLACES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates",
+    "tokenizer_config.json",
 )
 
 
@@ -134,36 +146,36 @@ def excluding_pattern(prefix: str, patterns: Iterable[str]) -> str | None:
     return None
 
 
-def quantization_files(config: Mapping[str, Any], excluded: list[str], kv_cache: str) -> dict[str, str]:
-    """Make `config.json` and `hf_quant_config.json` of an NVFP4 checkpoint.
+def quantization_files(
+    config: Mapping[str, Any], excluded: list[str], kv_cache: str, layers: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Make `config.json` and `hf_quant_config.json` of a quantized checkpoint.
 
     Args:
         config: The base's `config.json`; every field is kept.
         excluded: From `exclude_modules`.
         kv_cache: `bf16` or `fp8` (E4M3 with the static scale 1.0, which vLLM takes where the checkpoint has none).
+        layers: Format of each packed module by its name on disk, where they are not all NVFP4: ModelOpt's
+            `MIXED_PRECISION`.
 
     Returns:
         File name to content.
     """
     if kv_cache not in ("bf16", "fp8"):
         raise UserError("Unknown format of the KV cache.", value=kv_cache, remedy="bf16 or fp8")
-    four_bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
-    quantization: dict[str, Any] = {
-        "config_groups": {
-            "group_0": {"input_activations": four_bits, "weights": dict(four_bits), "targets": ["Linear"]},
-        },
-        "ignore": excluded,
-        "quant_algo": "NVFP4",
-    }
+    mixed = _mixed_layers(layers or {})
+    algorithm = "MIXED_PRECISION" if mixed else "NVFP4"
+    groups = _groups(layers or {}) if mixed else {"group_0": {**_group(NVFP4), "targets": ["Linear"]}}
+    quantization: dict[str, Any] = {"config_groups": groups, **mixed, "ignore": excluded, "quant_algo": algorithm}
     if kv_cache == "fp8":
         quantization["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
     quantization |= {"producer": PRODUCER, "quant_method": "modelopt"}
     own_form = {
         "producer": PRODUCER,
         "quantization": {
-            "quant_algo": "NVFP4",
+            "quant_algo": algorithm,
             "kv_cache_quant_algo": "FP8" if kv_cache == "fp8" else None,
-            "group_size": BLOCK,
+            **(mixed or {"group_size": BLOCK}),
             "exclude_modules": excluded,
         },
     }
@@ -173,14 +185,86 @@ def quantization_files(config: Mapping[str, Any], excluded: list[str], kv_cache:
     }
 
 
-def copy_companions(base: Path, out: Path) -> list[str]:
-    """Copy tokenizer, chat template and generation settings byte for byte; the names relative to `out`, sorted."""
+def _mixed_layers(layers: Mapping[str, str]) -> dict[str, Any]:
+    """`quantized_layers` as ModelOpt writes it; empty where everything is NVFP4."""
+    if set(layers.values()) <= {NVFP4}:
+        return {}
+    block = {"group_size": BLOCK}
+    return {
+        "quantized_layers": {
+            name: {"quant_algo": ALGORITHMS[kind], **(block if kind != FP8 else {})}
+            for name, kind in sorted(layers.items())
+        }
+    }
+
+
+def _groups(layers: Mapping[str, str]) -> dict[str, Any]:
+    """One config group for each format, in compressed-tensors' shape, in the order in which names bring them up."""
+    kinds = dict.fromkeys(kind for _, kind in sorted(layers.items()))
+    return {
+        f"group_{index}": {**_group(kind), "targets": sorted(name for name in layers if layers[name] == kind)}
+        for index, kind in enumerate(kinds)
+    }
+
+
+def _group(kind: str) -> dict[str, Any]:
+    """`_quant_algo_to_group_config` of ModelOpt's `convert_hf_config.py`."""
+    eight_bits = {"dynamic": False, "num_bits": 8, "type": "float"}
+    four_bits = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
+    bits = eight_bits if kind == FP8 else four_bits
+    inputs = {} if kind == W4A16 else {"input_activations": bits}
+    return {**inputs, "weights": dict(bits)}
+
+
+def copy_companions(base: Path, out: Path, *, own_template: bool = False) -> list[str]:
+    """Copy tokenizer, chat template and generation settings byte for byte; the names relative to `out`, sorted.
+
+    Args:
+        base: The checkpoint.
+        out: The export.
+        own_template: The export carries a chat template of its own: what `template_files` replaces is left out.
+    """
     found = sorted({path for pattern in COMPANION_FILES for path in base.glob(pattern) if path.is_file()})
-    for path in found:
-        target = out / path.relative_to(base)
+    names = [path.relative_to(base) for path in found]
+    if own_template:
+        names = [name for name in names if name.parts[0] not in _TEMPLATE_PLACES]
+    for name in names:
+        target = out / name
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, target)
-    return [str(path.relative_to(base)) for path in found]
+        shutil.copyfile(base / name, target)
+    return [str(name) for name in names]
+
+
+def template_files(base: Path, template: Path) -> dict[str, bytes]:
+    """Make the files through which an export carries another chat template than its base's.
+
+    The template stands in `chat_template.jinja` alone: readers differ in which place they look at first, and a
+    tokenizer that kept named templates beside it would take one of those for conversations with tools.
+
+    Returns:
+        File name to content: the template, and the tokenizer's configuration without one.
+
+    Raises:
+        UserError: The template cannot be read or is empty, or the base's `tokenizer_config.json` is no JSON object.
+    """
+    try:
+        files = {"chat_template.jinja": template.read_bytes()}
+        text = files["chat_template.jinja"].decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("The chat template cannot be read.", where=str(template), value=str(error)) from error
+    if not text.strip():
+        raise UserError("The chat template is empty.", where=str(template))
+    path = base / "tokenizer_config.json"
+    if path.is_file():
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError("The tokenizer's configuration is no JSON.", where=str(path), value=str(error)) from error
+        if not isinstance(settings, dict):
+            raise UserError("The tokenizer's configuration is no JSON object.", where=str(path))
+        inside = settings.pop("chat_template", None) is not None
+        files[path.name] = dump_json(settings).encode() if inside else path.read_bytes()
+    return files
 
 
 def _experts_by_layer(modules: Mapping[str, Module]) -> list[list[str]]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from qat.errors import UserError
 from qat.export.shards import TORCH_DTYPES, TensorEntry
 from qat.quant.effective import effective_weight
+from qat.quant.packed import through_nvfp4
 
 _EXPERT_WEIGHT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -125,13 +126,16 @@ def pieces(module: Module, weight: Tensor) -> Tensor:
     return weight.view(len(module.tensors), -1, module.shape[-1])
 
 
-def effective(module: Module, read: Callable[[str], Tensor], deltas: Iterable[LowRank]) -> Tensor:
+def effective(
+    module: Module, read: Callable[[str], Tensor], deltas: Iterable[LowRank], *, packed: bool = False
+) -> Tensor:
     """Compute a module's effective weight: every adapter in order, one rounding to the weight's dtype for each.
 
     Args:
         module: The module.
         read: Reads one tensor of the base checkpoint by name.
         deltas: What each adapter adds, first the adapter that was trained first.
+        packed: The adapters were trained on the module in NVFP4: they are added to what that unpacks to.
 
     Returns:
         The weight that the forward uses (before quantization), in the base's shape and dtype.
@@ -140,6 +144,8 @@ def effective(module: Module, read: Callable[[str], Tensor], deltas: Iterable[Lo
         UserError: The result is not finite.
     """
     weight = load_weight(module, read)
+    if packed:
+        weight = through_nvfp4(weight)
     for delta in deltas:
         weight = effective_weight(weight, delta.a, delta.b, delta.scale)
     if not torch.isfinite(weight).all():

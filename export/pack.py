@@ -1,4 +1,4 @@
-"""What becomes of each tensor of the base: packed to NVFP4, merged, or copied; first as a plan, then as bytes.
+"""What becomes of each tensor of the base: packed to NVFP4 or FP8, merged, or copied; first as a plan, then as bytes.
 
 The plan follows from headers alone. It fixes every output tensor's name, dtype and shape, hence the size of the export.
 """
@@ -16,20 +16,29 @@ from qat.errors import UserError
 from qat.export.adapter import Adapter
 from qat.export.merge import Module, effective, pieces
 from qat.export.shards import TORCH_DTYPES, ShardWriter, TensorEntry, TensorSpec, chunks, read_tensor, tensor_spec
+from qat.quant import fp8, nvfp4
 from qat.quant.names import sharing_groups
-from qat.quant.nvfp4 import BLOCK, quantize_weight, tensor_scale
-from qat.quant.presets import Preset
+from qat.quant.nvfp4 import BLOCK
+from qat.quant.presets import FP8
 from qat.quant.state import ModuleState, QuantState
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
 class Base(NamedTuple):
-    """An opened base checkpoint: headers read and checked, no tensor in memory."""
+    """An opened base checkpoint: headers read and checked, no tensor in memory.
+
+    Attributes:
+        folder: Where it lies.
+        entries: Its tensors.
+        modules: Its modules.
+        packed: Modules that stand for what is left of them after NVFP4, as in the training on a packed base.
+    """
 
     folder: Path
     entries: dict[str, TensorEntry]
     modules: dict[str, Module]
+    packed: frozenset[str] = frozenset()
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -59,6 +68,7 @@ def make_plan(base: Base, adapters: Sequence[Adapter], state: QuantState | None)
         UserError: An adapter or the quantizer state does not fit the base (see `check_state`).
     """
     touched = {name for adapter in adapters for name in adapter.factors} | set(state.modules if state else ())
+    touched |= base.packed
     by_tensor = {tensor: base.modules[name] for name in sorted(touched) for tensor in base.modules[name].tensors}
     done: set[str] = set()
     plan: list[Step] = []
@@ -77,8 +87,8 @@ def check_state(base: Base, state: QuantState, config: Mapping[str, Any]) -> Non
 
     Raises:
         UserError: A module that the base lacks, or that the preset quantizes and the state forgets; a weight that
-            NVFP4 cannot hold; an amax of the wrong shape; scales that differ within a group that the server computes
-            as one.
+            its format cannot hold; an amax of the wrong shape; scales that differ within a group that the server
+            computes as one.
     """
     unknown = sorted(set(state.modules) - set(base.modules))
     if unknown:
@@ -88,27 +98,38 @@ def check_state(base: Base, state: QuantState, config: Mapping[str, Any]) -> Non
             value=f"{len(unknown)} modules, first: {unknown[0]}",
             remedy="Give the base checkpoint that the model was calibrated on.",
         )
-    forgotten = sorted(set(Preset(state.preset).quantized_modules(config)) - set(state.modules) - set(state.excluded))
+    wanted = state.precision().formats(config)
+    forgotten = sorted(set(wanted) - set(state.modules) - set(state.excluded))
     if forgotten:
         raise UserError(
             f"The quantizer state has no scales for modules that the preset {state.preset} quantizes.",
             value=f"{len(forgotten)} modules, first: {forgotten[0]}",
             remedy="Calibrate again, or exclude the modules by name.",
         )
+    other = [name for name, module in state.modules.items() if wanted.get(name, module.format) != module.format]
+    if other:
+        raise UserError(
+            f"The quantizer state has modules in another format than the preset {state.preset} asks for.",
+            where=other[0],
+            value=f"{state.modules[other[0]].format}, not {wanted[other[0]]}",
+            remedy="Calibrate again.",
+        )
     both = sorted(set(state.modules) & set(state.excluded))
     if both:
         raise UserError("The quantizer state excludes modules that it has scales for.", value=", ".join(both[:3]))
     for name, scales in state.modules.items():
         module = base.modules[name]
-        if module.dtype not in _WEIGHT_DTYPES or module.shape[-1] % BLOCK:
+        block = 1 if scales.format == FP8 else BLOCK
+        if module.dtype not in _WEIGHT_DTYPES or module.shape[-1] % block:
             raise UserError(
-                f"The weight cannot be packed: NVFP4 needs {', '.join(_WEIGHT_DTYPES)} and rows in blocks of {BLOCK}.",
+                f"The weight cannot be packed: it must be {', '.join(_WEIGHT_DTYPES)}, with rows in blocks of {block}.",
                 where=name,
                 value=f"{module.dtype}, shape {module.shape}",
                 remedy="Exclude the module in the preset.",
             )
         _check_amax(name, "weight_amax", scales.weight_amax, module.shape[:1] if module.is_experts else ())
-        _check_amax(name, "input_amax", scales.input_amax, ())
+        if scales.input_amax is not None:
+            _check_amax(name, "input_amax", scales.input_amax, ())
     for group in sharing_groups(state.modules):
         if not all(_same(state.modules[group[0]], state.modules[name]) for name in group[1:]):
             raise UserError(
@@ -139,19 +160,33 @@ def module_tensors(step: Step, base: Base, adapters: Sequence[Adapter]) -> Itera
     if module is None:
         raise ValueError("a copied tensor has no module")
     deltas = (adapter.factors[module.name].load() for adapter in adapters if module.name in adapter.factors)
-    weight = effective(module, base.read, deltas)
+    weight = effective(module, base.read, deltas, packed=module.name in base.packed)
     if step.state is None:
         yield from zip(module.tensors, pieces(module, weight), strict=True)
         return
-    input_scale = tensor_scale(step.state.input_amax)
     # One tensor of the disk at a time: the float32 work space of 128 experts at once would be many times the module.
     amaxes = tensor_amaxes(module, step.state)
     for tensor, piece, amax in zip(module.tensors, pieces(module, weight), amaxes, strict=True):
-        packed = quantize_weight(piece, amax)
-        yield tensor, packed.weight
-        yield f"{tensor}_scale", packed.weight_scale
-        yield f"{tensor}_scale_2", packed.weight_scale_2
-        yield f"{tensor.removesuffix('.weight')}.input_scale", input_scale
+        scales = ModuleState(amax, step.state.input_amax, step.state.format)
+        for suffix, packed in packed_weight(piece, scales).items():
+            yield f"{tensor.removesuffix('weight')}{suffix}", packed
+
+
+def packed_weight(weight: Tensor, scales: ModuleState) -> dict[str, Tensor]:
+    """Pack one weight.
+
+    Args:
+        weight: (out, in).
+        scales: Its ranges, both ().
+
+    Returns:
+        The tensors of the checkpoint by the last part of their names, in the order of `packed_specs`.
+    """
+    arithmetic = fp8 if scales.format == FP8 else nvfp4
+    packed: dict[str, Tensor] = arithmetic.quantize_weight(weight, scales.weight_amax)._asdict()
+    if scales.input_amax is not None:
+        packed["input_scale"] = arithmetic.tensor_scale(scales.input_amax)
+    return packed
 
 
 def tensor_amaxes(module: Module, state: ModuleState) -> Tensor:
@@ -160,22 +195,31 @@ def tensor_amaxes(module: Module, state: ModuleState) -> Tensor:
     return amax.repeat_interleave(len(module.tensors) // amax.numel())
 
 
-def packed_specs(tensor: str, shape: Sequence[int]) -> tuple[TensorSpec, ...]:
-    """Describe the four tensors that replace one packed weight of shape (out, in)."""
+def packed_specs(tensor: str, shape: Sequence[int], state: ModuleState) -> tuple[TensorSpec, ...]:
+    """Describe the tensors that replace one packed weight of shape (out, in)."""
     out_features, in_features = shape
-    return (
+    specs = [
         tensor_spec(tensor, torch.uint8, (out_features, in_features // 2)),
         tensor_spec(f"{tensor}_scale", torch.float8_e4m3fn, (out_features, in_features // BLOCK)),
         tensor_spec(f"{tensor}_scale_2", torch.float32, ()),
-        tensor_spec(f"{tensor.removesuffix('.weight')}.input_scale", torch.float32, ()),
-    )
+    ]
+    if state.format == FP8:
+        specs = [
+            tensor_spec(tensor, torch.float8_e4m3fn, (out_features, in_features)),
+            tensor_spec(f"{tensor}_scale", torch.float32, ()),
+        ]
+    if state.input_amax is not None:
+        specs.append(tensor_spec(f"{tensor.removesuffix('.weight')}.input_scale", torch.float32, ()))
+    return tuple(specs)
 
 
 def _module_step(module: Module, state: ModuleState | None) -> Step:
     shape = (module.shape[-2] * (module.shape[0] if module.is_experts else 1) // len(module.tensors), module.shape[-1])
     outputs: list[TensorSpec] = []
     for tensor in module.tensors:
-        outputs += packed_specs(tensor, shape) if state else [tensor_spec(tensor, TORCH_DTYPES[module.dtype], shape)]
+        outputs += (
+            packed_specs(tensor, shape, state) if state else [tensor_spec(tensor, TORCH_DTYPES[module.dtype], shape)]
+        )
     return Step(module.tensors, tuple(outputs), module, state)
 
 
@@ -189,4 +233,8 @@ def _check_amax(module: str, name: str, amax: Tensor, shape: tuple[int, ...]) ->
 
 
 def _same(one: ModuleState, other: ModuleState) -> bool:
-    return torch.equal(one.weight_amax, other.weight_amax) and torch.equal(one.input_amax, other.input_amax)
+    inputs = (one.input_amax, other.input_amax)
+    if one.format != other.format or (inputs[0] is None) != (inputs[1] is None):
+        return False
+    same_input = inputs[0] is None or inputs[1] is None or torch.equal(inputs[0], inputs[1])
+    return same_input and torch.equal(one.weight_amax, other.weight_amax)

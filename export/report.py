@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from qat.errors import UserError
+from qat.export.config import ALGORITHMS
 from qat.export.pack import Step
 
 
@@ -70,16 +71,18 @@ class ExportReport:
 
     Attributes:
         tensors: Tensors in the export.
-        packed: Base tensors that were packed to NVFP4.
+        packed: Base tensors that were packed to NVFP4 or FP8.
         merged: Base tensors that were changed by an adapter and kept their precision.
         copied: Base tensors that were copied byte for byte.
         bytes: Tensor bytes in the export.
         excluded: `exclude_modules` of the quantization configuration.
         sha256: Digest of every file but `export.json`, by its name in the folder.
-        precisions: Census by precision: `NVFP4`, `BF16`, `F32`, …
+        precisions: Census by precision: `NVFP4`, `W4A16_NVFP4`, `FP8`, `BF16`, `F32`, …
         verification: What re-reading the export showed.
         base_sha256: Digest of the base (`qat.quant.state`), None where nothing asked for it.
         adapters: Digests of the adapters' weight files, in the order of application.
+        packed_base: Modules of the base that went through NVFP4 before the adapters, which were trained on a packed
+            base; their weights are dequant(Q(W)) + s B A.
     """
 
     tensors: int
@@ -93,6 +96,7 @@ class ExportReport:
     verification: VerifyReport
     base_sha256: str | None
     adapters: list[str]
+    packed_base: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Give the report as plain JSON values."""
@@ -105,14 +109,13 @@ def census(plan: Sequence[Step]) -> dict[str, Precision]:
     counted: dict[str, list[int]] = {}
     for step in plan:
         for output in step.outputs:
-            packed = step.state is not None
-            name = "NVFP4" if packed else output.dtype
+            name = output.dtype if step.state is None else ALGORITHMS[step.state.format]
             elements = 1
             for extent in output.shape:
                 elements *= extent
-            if packed:
-                # Two weights lie in one byte; the scales stand for none.
-                elements = 2 * elements if output.dtype == "U8" else 0
+            if step.state is not None:
+                # Two NVFP4 weights lie in one byte; the scales stand for none.
+                elements = 0 if not output.name.endswith(".weight") else elements * (2 if output.dtype == "U8" else 1)
             totals = counted.setdefault(name, [0, 0, 0])
             for place, amount in enumerate((1, elements, output.nbytes)):
                 totals[place] += amount

@@ -17,17 +17,25 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from qat.export.adapter import Adapter, read_adapter
+from qat.export.adapter import Adapter, packed_below, read_adapter
 from qat.export.config import read_config
 from qat.export.merge import Module, effective, find_modules
 from qat.export.report import ExportMismatch, VerifyReport
 from qat.export.shards import TensorEntry, chunks, read_entries
 from qat.progress import Progress
-from qat.quant.nvfp4 import Packed, dequantize, fake_quant_weight, quantize_weight
+from qat.quant import fp8, nvfp4
+from qat.quant.presets import FP8, NVFP4, W4A16
 from qat.quant.state import ModuleState, QuantState
 
 _MAX_FAULTS = 20
-_SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+# The tensors of a weight in each format, by the last part of their names.
+_SUFFIXES = {
+    NVFP4: ("weight", "weight_scale", "weight_scale_2", "input_scale"),
+    W4A16: ("weight", "weight_scale", "weight_scale_2"),
+    FP8: ("weight", "weight_scale", "input_scale"),
+}
+# amax / this: the largest magnitude of the codes times that of the block scales, where there are any.
+_INPUT_DIVISOR = {NVFP4: 6.0 * 448.0, FP8: 448.0}
 
 
 def verify_export(
@@ -60,10 +68,12 @@ def verify_export(
     read_adapters = [read_adapter(folder, modules, model_type) for folder in adapters]
     scales = QuantState.load(quant_state).modules if quant_state else {}
     tally = _Tally()
-    _compare_names(base_entries, out_entries, {t for name in scales for t in modules[name].tensors}, tally)
+    packed = {tensor: state.format for name, state in scales.items() for tensor in modules[name].tensors}
+    _compare_names(base_entries, out_entries, packed, tally)
     total, done = sum(entry.nbytes for entry in base_entries.values()), 0
     with _Reader(base_entries) as read_base, _Reader(out_entries) as read_out:
-        changed = {name for adapter in read_adapters for name in adapter.factors} | set(scales)
+        below = set(packed_below(read_adapters, adapters))
+        changed = {name for adapter in read_adapters for name in adapter.factors} | set(scales) | below
         in_modules = {tensor for name in changed for tensor in modules[name].tensors}
         for name, entry in base_entries.items():
             if name not in in_modules:
@@ -71,7 +81,7 @@ def verify_export(
                 done += entry.nbytes
                 _tell(progress, done, total)
         for name in sorted(changed):
-            _compare_module(modules[name], read_adapters, scales.get(name), read_base, read_out, tally)
+            _compare_module(modules[name], read_adapters, scales.get(name), read_base, read_out, tally, name in below)
             done += sum(base_entries[tensor].nbytes for tensor in modules[name].tensors)
             _tell(progress, done, total)
     report = tally.report()
@@ -146,10 +156,12 @@ class _Reader:
         return self(name) if name in self._entries else None
 
 
-def _compare_names(base: dict[str, TensorEntry], out: dict[str, TensorEntry], packed: set[str], tally: _Tally) -> None:
-    expected = set(base) - packed
-    for tensor in packed:
-        expected.update(f"{tensor.removesuffix('weight')}{suffix}" for suffix in _SUFFIXES)
+def _compare_names(
+    base: dict[str, TensorEntry], out: dict[str, TensorEntry], packed: dict[str, str], tally: _Tally
+) -> None:
+    expected = set(base) - set(packed)
+    for tensor, kind in packed.items():
+        expected.update(f"{tensor.removesuffix('weight')}{suffix}" for suffix in _SUFFIXES[kind])
     for name in sorted(expected - set(out)):
         tally.fault(f"{name}: missing")
     for name in sorted(set(out) - expected):
@@ -180,9 +192,10 @@ def _compare_module(
     read_base: _Reader,
     read_out: _Reader,
     tally: _Tally,
+    packed: bool,
 ) -> None:
     deltas = (adapter.factors[module.name].load() for adapter in adapters if module.name in adapter.factors)
-    weight = effective(module, read_base, deltas)
+    weight = effective(module, read_base, deltas, packed=packed)
     per_expert = len(module.tensors) // module.shape[0] if module.is_experts else 1
     for number, (tensor, piece) in enumerate(_tensors_of(module, weight)):
         if scales is None:
@@ -190,26 +203,44 @@ def _compare_module(
             tally.compare(tensor, read_out.get(tensor), piece)
             continue
         amax = scales.weight_amax[number // per_expert] if module.is_experts else scales.weight_amax
-        _compare_packed(tensor.removesuffix(".weight"), piece, amax, scales.input_amax, read_out, tally)
+        _compare_packed(tensor.removesuffix(".weight"), piece, scales._replace(weight_amax=amax), read_out, tally)
 
 
-def _compare_packed(
-    name: str, weight: Tensor, amax: Tensor, input_amax: Tensor, read_out: _Reader, tally: _Tally
-) -> None:
+def _compare_packed(name: str, weight: Tensor, scales: ModuleState, read_out: _Reader, tally: _Tally) -> None:
+    """Compare the tensors of one weight (out, in) with a fresh quantization, and what they unpack to with the forward.
+
+    Args:
+        name: The module's name on disk.
+        weight: Its effective weight.
+        scales: Its ranges, both ().
+        read_out: The export.
+        tally: Counts up.
+    """
     tally.packed += 1
-    stored = {suffix: read_out.get(f"{name}.{suffix}") for suffix in _SUFFIXES}
-    fresh = quantize_weight(weight, amax)
-    for suffix, expected in zip(_SUFFIXES, (*fresh, input_amax.float() / (6.0 * 448.0)), strict=True):
-        tally.compare(f"{name}.{suffix}", stored[suffix], expected)
-    for suffix in _SUFFIXES[1:]:
+    suffixes = _SUFFIXES[scales.format]
+    stored = {suffix: read_out.get(f"{name}.{suffix}") for suffix in suffixes}
+    amax = scales.weight_amax
+    fresh = fp8.quantize_weight(weight, amax) if scales.format == FP8 else nvfp4.quantize_weight(weight, amax)
+    expected = [*fresh]
+    if scales.input_amax is not None:
+        expected.append(scales.input_amax.float() / _INPUT_DIVISOR[scales.format])
+    for suffix, tensor in zip(suffixes, expected, strict=True):
+        tally.compare(f"{name}.{suffix}", stored[suffix], tensor)
+    for suffix in suffixes[1:]:
         scale = stored[suffix]
         if scale is not None and not bool((torch.isfinite(scale.float()) & (scale.float() > 0)).all()):
             tally.fault(f"{name}.{suffix}: a scale is zero, negative or not finite")
-    codes, block_scale, tensor_scale = (stored[suffix] for suffix in _SUFFIXES[:3])
-    if codes is None or block_scale is None or tensor_scale is None or codes.shape != fresh.weight.shape:
+    found = [stored[suffix] for suffix in suffixes[: len(fresh)]]
+    codes = [tensor for tensor in found if tensor is not None]
+    if len(codes) < len(fresh) or codes[0].shape != fresh.weight.shape:
         return
-    unpacked = dequantize(Packed(codes, block_scale, tensor_scale), weight.dtype)
-    differing = int((unpacked != fake_quant_weight(weight, amax)).sum())
+    if scales.format == FP8:
+        unpacked = fp8.dequantize(fp8.PackedFp8(*codes), weight.dtype)
+        forward = fp8.fake_quant_weight(weight, amax)
+    else:
+        unpacked = nvfp4.dequantize(nvfp4.Packed(*codes), weight.dtype)
+        forward = nvfp4.fake_quant_weight(weight, amax)
+    differing = int((unpacked != forward).sum())
     if differing:
         tally.differing_values += differing
         tally.fault(f"{name}.weight: {differing} of {weight.numel()} weights differ from the forward's")

@@ -27,8 +27,9 @@ class BitsandbytesFusedExperts:
     libraries = ("bitsandbytes", "transformers")
     place = Place.HERE
     repair = (
-        "qat has no 4-bit base: it trains factors on the BF16 base, quantizes the experts in the forward, and plans "
-        "memory for 16 bits. Elsewhere plan for BF16 experts, or use remote code whose experts are linears."
+        "qat refuses `train.memory: nf4` for this reason. It trains factors on the BF16 base, or packs the base, "
+        "experts included, into NVFP4 (`train.memory: nvfp4`). Elsewhere plan for BF16 experts, or use remote code "
+        "whose experts are linears."
     )
 
     def probe(self) -> ProbeResult:

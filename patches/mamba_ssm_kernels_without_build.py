@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.machinery
 import importlib.util
@@ -26,8 +27,8 @@ _FUNCTIONS = {
 class MambaSsmKernelsWithoutBuild:
     """Puts an empty `mamba_ssm` with the package's search path into `sys.modules`, so that its modules import alone.
 
-    Transformers decides once, when its modeling module is imported, whether it takes the kernels; a module that was
-    imported before is asked to decide again.
+    Transformers decides once, when its modeling module is imported, whether it takes the kernels; it is asked to decide
+    again for each of those that run without causal_conv1d.
     """
 
     name = "mamba_ssm_kernels_without_build"
@@ -79,17 +80,16 @@ class MambaSsmKernelsWithoutBuild:
         spec = importlib.util.find_spec(_PACKAGE)
         if spec is None or spec.submodule_search_locations is None:
             return
+        # Imported before the stand-in: afterwards it would take the fused kernel too, which calls causal_conv1d.
+        modeling: Any = importlib.import_module(_MODELING)
         _forget()
         sys.modules[_PACKAGE] = _Bare(spec)
-        modeling: Any = sys.modules.get(_MODELING)
-        if modeling is None:
-            return
         from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
         for name, kernel in _FUNCTIONS.items():
             function = self._functions[name] = getattr(modeling, name)
             again = use_kernel_func_from_hub_with_fallback(kernel, _PACKAGE)
-            setattr(modeling, name, again(inspect.unwrap(function)))
+            setattr(modeling, name, _by_device(again(inspect.unwrap(function)), function))
 
     def revert(self) -> None:
         """Take the stand-in away, with what was imported through it, and give Transformers its functions back."""
@@ -99,6 +99,16 @@ class MambaSsmKernelsWithoutBuild:
         for name, function in self._functions.items():
             setattr(sys.modules[_MODELING], name, function)
         self._functions.clear()
+
+
+def _by_device(kernel: Any, elsewhere: Any) -> Any:
+    """The kernel for tensors on a GPU; for others, as in probes, what was there before."""
+
+    @functools.wraps(kernel)
+    def chosen(first: Any, *args: Any, **kwargs: Any) -> Any:
+        return (kernel if first.is_cuda else elsewhere)(first, *args, **kwargs)
+
+    return chosen
 
 
 class _Bare(ModuleType):

@@ -31,6 +31,7 @@ AROUND: dict[str, tuple[str, ...]] = {
         "vllm_cpu_mamba_prefix_caching",
         "vllm_cpu_nvfp4_experts",
         "vllm_cpu_nvfp4_linear",
+        "vllm_cpu_seeded_chunked_prefill",
         "vllm_cpu_ungated_experts",
         "vllm_nemotron_h_expert_lora",
     ),

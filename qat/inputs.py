@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from qat.receipt import files_digest, sha256_file
 from qat.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from qat.behavior.demands import Demands
     from qat.data.schema import Conversation
 
 
@@ -70,6 +73,36 @@ def _quotas(sizes: dict[str, int], fraction: float) -> dict[str, int]:
     return quotas
 
 
+def demands_on_replies(recipe: Recipe, suites: Sequence[str] | None = None) -> Demands:
+    """What the recipe's suite, or other suites by name, demand of every reply in the data."""
+    from qat.behavior.demands import demands_of
+    from qat.behavior.suite import load_suite
+
+    return demands_of([load_suite(name) for name in suites or (recipe.behavior.suite,)])
+
+
+def accepted_faults(codes: Sequence[str]) -> frozenset[str]:
+    """The codes of faults that shall not stop a run.
+
+    Raises:
+        UserError: A code that the audit does not know.
+    """
+    from qat.behavior.checks import check_names
+    from qat.data.audit.summary import FAULTS
+
+    known = (*FAULTS, *check_names())
+    for code in codes:
+        if code not in known:
+            near = difflib.get_close_matches(code, known, n=1)
+            raise UserError(
+                "the audit knows no fault of this name",
+                where="data.accept",
+                value=code,
+                remedy=f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}",
+            )
+    return frozenset(codes)
+
+
 def base_folder(recipe: Recipe) -> Path:
     """The base checkpoint's folder."""
     from qat.train.base import resolve_base
@@ -86,6 +119,20 @@ def base_identity(recipe: Recipe) -> dict[str, Any]:
         "files": files_digest(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"),
         **_template(recipe),
     }
+
+
+def require_presets(recipe: Recipe) -> None:
+    """Check that the recipe's own presets fit the base, before anything is trained.
+
+    Raises:
+        UserError: A pattern matches no module, or a module cannot be stored as asked.
+    """
+    from qat.quant.presets import preset_of
+
+    if recipe.quant.presets:
+        config = json.loads((base_folder(recipe) / "config.json").read_text(encoding="utf-8"))
+        for name in recipe.quant.presets:
+            preset_of(name, recipe.quant.presets, config)
 
 
 def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:

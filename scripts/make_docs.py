@@ -87,10 +87,11 @@ def _sections(path: str, block: dict[str, Any], blocks: dict[str, Any], shown: d
 
 
 def _references(field: dict[str, Any]) -> list[str]:
-    """Names of the blocks that a field holds, directly, as an alternative or as items of a list."""
+    """Names of the blocks that a field holds, directly, as an alternative, in a list or under names."""
     if "$ref" in field:
         return [field["$ref"].rsplit("/", 1)[1]]
     inner = [*field.get("anyOf", ()), *field.get("allOf", ()), *([field["items"]] if "items" in field else [])]
+    inner += field.get("patternProperties", {}).values()
     return [name for part in inner for name in _references(part)]
 
 
@@ -104,6 +105,8 @@ def _type(field: dict[str, Any]) -> str:
         return " or ".join(_type(part) for part in field["anyOf"])
     if "const" in field or "enum" in field:
         return _choices(field.get("enum", [field.get("const")]))
+    if "patternProperties" in field:
+        return f"{_type(next(iter(field['patternProperties'].values())))}s by name"
     kind: str = field.get("type", "any")
     if kind == "array":
         return f"list of {_type(field['items'])}"

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qat.errors import UserError
-from qat.quant.presets import layer_kinds
+from qat.quant.linears import layer_kinds
 
 KNOWN_TYPES = ("nemotron_h", "llama", "mistral", "qwen2", "qwen3", "qwen3_moe")
 

@@ -88,7 +88,7 @@ def _fields(claim: Claim) -> Iterator[Finding]:
     known = [*ALGORITHMS, MIXED]
     if claim.algorithm not in known:
         problem = f"quant_algo is {claim.content.get('quant_algo')!r}; vLLM knows {', '.join(known)}"
-        consequence = "vLLM refuses the checkpoint (\"Missing 'quant_algo'\", \"ModelOpt currently only supports\")."
+        consequence = 'vLLM refuses the checkpoint ("Missing \'quant_algo\'", "ModelOpt currently only supports").'
         remedy = "Name the algorithm of the tensors; null means that the recipe's patterns matched no module."
         yield _error("quant_algorithm", claim.place, problem, consequence, remedy)
     if "NVFP4" in claim.algorithm and claim.group_size not in (None, BLOCK):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from qat.errors import UserError
 from qat.export.doctor.findings import Finding, Severity
-from qat.quant.presets import layer_kinds
+from qat.quant.linears import layer_kinds
 
 CONFIG = "config.json"
 

@@ -21,7 +21,8 @@ class AnsweredBy(NamedTuple):
     """One assistant message as recorded, and what it cost.
 
     Attributes:
-        message: `role`, `content`, `finish_reason`, and where the model wrote them `tool_calls`, `reasoning_content`.
+        message: `role`, `content`, `finish_reason`, and where the model wrote them `tool_calls`, `reasoning_content`;
+            `token_ids` where the server was asked for them.
         completion_tokens: As the server counts them; 0 where it does not say.
         seconds: From sending the request to the end of the answer, of the try that succeeded.
         first_token_s: To the first text, call or thought; None where the answer was not streamed.
@@ -43,7 +44,7 @@ def read_answer(content: bytes) -> tuple[dict[str, Any], int]:
     try:
         choice = body["choices"][0]
         message = choice["message"]
-        produced = {**message, "finish_reason": choice.get("finish_reason")}
+        produced = {**message, "finish_reason": choice.get("finish_reason"), "token_ids": choice.get("token_ids")}
         tokens = (body.get("usage") or {}).get("completion_tokens")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise BadAnswer(f"no chat completion: {_shown(content)}") from None
@@ -92,6 +93,8 @@ def checked_message(message: dict[str, Any]) -> dict[str, Any]:
     if thinking:
         produced["reasoning_content"] = thinking
     produced["finish_reason"] = message.get("finish_reason")
+    if tokens := message.get("token_ids"):
+        produced["token_ids"] = tokens
     return produced
 
 
@@ -116,6 +119,7 @@ class StreamedAnswer:
         self._calls: dict[int, dict[str, Any]] = {}
         self._finish: str | None = None
         self._tokens = 0
+        self._token_ids: list[int] = []
 
     def feed(self, chunk: bytes) -> None:
         """Take over what has arrived; lines may be torn anywhere.
@@ -140,6 +144,7 @@ class StreamedAnswer:
                 self._tokens = int(usage.get("completion_tokens") or 0)
             for choice in body.get("choices") or ():
                 self._finish = choice.get("finish_reason") or self._finish
+                self._token_ids += choice.get("token_ids") or ()
                 self._delta(choice.get("delta") or {})
         except (KeyError, TypeError, AttributeError, ValueError):
             raise BadAnswer(f"no chat completion: {_shown(content)}") from None
@@ -175,7 +180,8 @@ class StreamedAnswer:
         except TypeError:
             raise BadAnswer("no chat completion: a piece of the text is no text") from None
         calls = [self._calls[index] for index in sorted(self._calls)]
-        return checked_message({**texts, "tool_calls": calls, "finish_reason": self._finish}), self._tokens
+        message = {**texts, "tool_calls": calls, "finish_reason": self._finish, "token_ids": self._token_ids}
+        return checked_message(message), self._tokens
 
 
 def _shown(content: bytes) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--qat-model", metavar="NAME", help="Its model; by default the first that it offers.")
     group.addoption("--qat-max-tokens", metavar="N", type=int, default=96, help="Longest reply; default 96.")
     group.addoption("--qat-concurrency", metavar="N", type=int, default=16, help="Requests under way; default 16.")
+    group.addoption(
+        "--qat-allow-python", action="store_true", help="Run the code that `python` checks name; read it first."
+    )
     group.addoption("--qat-results", metavar="FILE", help="Keep the answers in this .jsonl file; it is continued.")
 
 
@@ -59,10 +63,13 @@ def pytest_collection_modifyitems(session: pytest.Session, config: pytest.Config
     name = config.getoption("--qat-suite")
     if name is None:
         return
+    from qat.behavior.checks.user_code import allow_user_code
     from qat.behavior.suite import load_suite
 
+    allowed = config.getoption("--qat-allow-python")
     try:
-        suite = load_suite(name)
+        with allow_user_code(Path(name).resolve().parent) if allowed else nullcontext():
+            suite = load_suite(name)
     except UserError as error:
         raise pytest.UsageError(str(error)) from error
     # A category or tag may be any text; marks are registered as they are met, so that --strict-markers holds.

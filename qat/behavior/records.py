@@ -161,7 +161,7 @@ class CaseResult(_Record):
 
     Attributes:
         produced: The assistant messages in order, each with `content`, `tool_calls` where it called, `finish_reason`,
-            and, in a case with turns, `turn` from 1.
+            in a case with turns `turn` from 1, and `token_ids` where the server was asked for them.
         passed: True where every check passed.
         latency_s: Wall seconds that the server took for its answers to this case, without failed tries and pauses.
         first_token_s: To the first token of the first answer; None where the answers were not streamed.
@@ -261,6 +261,11 @@ class ResultMeta(_Record):
 def meta_path(results: Path) -> Path:
     """Where the description of a result file lies."""
     return results.with_suffix(".meta.json")
+
+
+def divergence_path(results: Path) -> Path:
+    """Where the divergence of an arm from the reference lies, beside its results."""
+    return results.with_suffix(".divergence.json")
 
 
 def read_meta(results: Path) -> ResultMeta | None:

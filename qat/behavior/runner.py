@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from qat.behavior.answers import AnsweredBy, BadAnswer
 from qat.behavior.checks import BoundCheck, CheckError, Reply
-from qat.behavior.client import ChatClient
+from qat.behavior.client import ChatClient, in_parallel
 from qat.behavior.conversation import Talk, converse
 from qat.behavior.journal import Journal
 from qat.behavior.records import (
@@ -118,6 +118,7 @@ def run_suite(
     *,
     selection: Selection = EVERYTHING,
     stream: bool | None = None,
+    token_ids: bool = False,
 ) -> RunSummary:
     """Ask every case under every sampling and seed of the block that `out` does not hold yet.
 
@@ -132,6 +133,7 @@ def run_suite(
         progress: Where to report; by default a bar of its own. What it counts is on disk.
         selection: Which cases; the results carry the hash of the whole suite all the same.
         stream: Whether to ask for streams; None: where a check of the suite needs the time to the first token.
+        token_ids: Record the ids of the answers' tokens, which `divergence` needs; vLLM gives them.
 
     Raises:
         UserError: The server is unreachable, dies or refuses the model; `out` was made with another suite, model or
@@ -147,7 +149,7 @@ def run_suite(
     label: AbstractContextManager[Progress] = (
         nullcontext(progress) if progress is not None else progress_bar(f"behaviour of {arm}", len(questions))
     )
-    client = ChatClient(url, model, block.max_tokens, block.concurrency, stream)
+    client = ChatClient(url, model, block.max_tokens, block.concurrency, stream, token_ids)
     tally = _Tally()
     with label as bar:
         asyncio.run(_ask_all(client, suite, arm, open_questions, out, block.concurrency, len(questions), bar, tally))
@@ -282,17 +284,7 @@ async def _ask_all(
                     )
 
         async with client:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    for _ in range(min(concurrency, len(questions))):
-                        group.create_task(worker())
-            except BaseExceptionGroup as group:
-                # Every worker meets the dead server: one message is enough. Anything else in the group is a bug and
-                # keeps its traceback.
-                faults, others = group.split(UserError)
-                if faults is None or others is not None:
-                    raise
-                raise faults.exceptions[0] from None
+            await in_parallel(worker, min(concurrency, len(questions)))
     bar.update(resumed + journal.on_disk)
 
 

@@ -110,12 +110,28 @@ def load_suite(name_or_path: str | Path) -> Suite:
     """Read and resolve a suite.
 
     Args:
-        name_or_path: A shipped suite by name (`annie_tiny`) or the path of a YAML file.
+        name_or_path: A shipped suite by name (`annie_tiny`), the path of a YAML file, or a suite of `qat eval`:
+            `extraction`, `bfcl:FOLDER`.
 
     Raises:
         UserError: Unknown name, unreadable file, or faults in it, all at once with their lines.
     """
-    return _load(_suite_path(name_or_path), ())
+    made = _evaluation(str(name_or_path))
+    return _load(_suite_path(name_or_path), ()) if made is None else made
+
+
+def _evaluation(name: str) -> Suite | None:
+    """The suite of `qat eval` that goes by this name, as the command asks it by default."""
+    kind, _, folder = name.partition(":")
+    if name == "extraction":
+        from qat.behavior.extraction import extraction_suite
+
+        return extraction_suite()
+    if kind == "bfcl" and folder:
+        from qat.behavior.bfcl import load_bfcl
+
+        return load_bfcl(Path(folder))
+    return None
 
 
 class _Entry(NamedTuple):
@@ -204,7 +220,7 @@ def _suite_path(name_or_path: str | Path) -> Path:
     raise UserError(
         f"There is no suite named {text!r}" + (f"; did you mean {near[0]!r}?" if near else "."),
         where=str(SUITE_FOLDER),
-        remedy=f"use one of {', '.join(known)}, or the path of a YAML file",
+        remedy=f"use one of {', '.join(known)}, extraction, bfcl:FOLDER, or the path of a YAML file",
     )
 
 

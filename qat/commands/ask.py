@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qat.commands.common import emit, terminable
+from qat.commands.common import divergence_line, emit, print_table, terminable, user_code
 from qat.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
+    from qat.behavior.records import CaseResult
     from qat.recipe.schema import BehaviorBlock
 
 
@@ -25,6 +26,8 @@ class Wanted(NamedTuple):
     only: Sequence[str]
     shard: str | None
     out: Path | None
+    divergence_from: Path | None
+    allow_python: bool
 
 
 def ask_endpoint(wanted: Wanted, as_json: bool) -> ExitCode:
@@ -34,20 +37,31 @@ def ask_endpoint(wanted: Wanted, as_json: bool) -> ExitCode:
         UserError: Neither suite nor recipe is named, or the suite, selection or server is at fault.
     """
     from qat.behavior.client import first_model
+    from qat.behavior.records import read_results
     from qat.behavior.runner import repeated, run_suite
+    from qat.behavior.scoring import diverge, require_reference
     from qat.behavior.selection import Selection
     from qat.behavior.suite import load_suite
 
     block = _block(wanted)
     selection = Selection.parse(wanted.only, wanted.shard)
-    suite = load_suite(block.suite)
-    model = wanted.model or first_model(wanted.url)
     part = f".{selection.shard}of{selection.shards}" if selection.shards > 1 else ""
-    out = wanted.out or Path(f"{suite.name}{part}.jsonl")
-    with terminable():
+    with terminable(), user_code(block.suite, wanted.allow_python):
+        suite = load_suite(block.suite)
+        out = wanted.out or Path(f"{suite.name}{part}.jsonl")
+        reference = wanted.divergence_from
+        own = reference is not None and reference.resolve() == out.resolve()
+        if reference is not None and not own:
+            require_reference(reference, suite)
+        model = wanted.model or first_model(wanted.url)
         asked = repeated(block, wanted.repeats)
-        summary = run_suite(suite, wanted.url, model, model, asked, out, selection=selection)
-    result: dict[str, Any] = {**summary.to_json(), "results": str(out), "suite": suite.name, "sha256": suite.sha256}
+        summary = run_suite(suite, wanted.url, model, model, asked, out, selection=selection, token_ids=own)
+        result: dict[str, Any] = {**summary.to_json(), "results": str(out), "suite": suite.name, "sha256": suite.sha256}
+        chosen = selection.ids(suite)
+        answers = [answer for answer in read_results(out).results.values() if answer.case in chosen]
+        result |= {"categories": _categories(answers), "failed_checks": _failed_checks(answers)}
+        if reference is not None:
+            result["divergence"] = diverge(suite, reference, out, wanted.url, model, block).to_json()
     code = ExitCode.DONE
     if not selection.partial:
         from qat.behavior.gate import judge
@@ -74,13 +88,45 @@ def _block(wanted: Wanted) -> BehaviorBlock:
     return BehaviorBlock(suite=wanted.suite, gate=GateBlock(candidate="model", reference="model"))
 
 
+def _categories(answers: Sequence[CaseResult]) -> dict[str, dict[str, int]]:
+    """Passed and judged answers by category."""
+    found: dict[str, dict[str, int]] = {}
+    for answer in answers:
+        if answer.error is None:
+            counts = found.setdefault(answer.category, {"passed": 0, "n": 0})
+            counts["passed"] += answer.passed
+            counts["n"] += 1
+    return found
+
+
+def _failed_checks(answers: Sequence[CaseResult]) -> dict[str, dict[str, Any]]:
+    """What failed, most frequent first: in how many answers, and one of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for answer in sorted(answers, key=lambda answer: answer.key):
+        for failure in {failure.check: failure for failure in reversed(answer.failed_checks)}.values():
+            entry = found.setdefault(failure.check, {"answers": 0, "case": answer.case, "detail": failure.detail})
+            entry["answers"] += 1
+    return dict(sorted(found.items(), key=lambda entry: (-entry[1]["answers"], entry[0])))
+
+
 def _show(result: dict[str, Any]) -> None:
     asked = result["asked"] + result["resumed"]
     print(f"{result['passed']} of {asked} passed, {result['errors']} ended in an error  ({result['results']})")
+    drift = result.get("divergence", {}).get("categories", {})
+    rows = [
+        [name, str(found["passed"]), str(found["n"])]
+        + ([f"{drift[name]['kl']:.4f}", f"{drift[name]['top1']:.3f}"] if name in drift else ["--", "--"] * bool(drift))
+        for name, found in result["categories"].items()
+    ]
+    print_table(("category", "passed", "of", *(("KL", "top-1") if drift else ())), rows)
+    for name, found in result["failed_checks"].items():
+        print(f"  failed     {name}: {found['answers']}, as in {found['case']}: {found['detail']}")
     for kind, count in result["error_kinds"].items():
         print(f"  error      {kind}: {count}")
     for kind, count in result["malformed"].items():
         print(f"  malformed  {kind}: {count}")
+    if "divergence" in result:
+        print(divergence_line(result["divergence"]))
     if "verdict" not in result:
         print("no verdict: a part of the suite was asked")
         return

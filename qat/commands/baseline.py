@@ -9,6 +9,7 @@ import typer
 
 from qat.commands.common import (
     RUNS,
+    AllowPythonOption,
     JsonOption,
     RunOption,
     RunsDirOption,
@@ -19,6 +20,7 @@ from qat.commands.common import (
     print_pairs,
     print_table,
     run_recipe,
+    user_code,
 )
 from qat.commands.results import results_of
 from qat.errors import ExitCode, UserError
@@ -49,13 +51,15 @@ def save(
     folder: FolderOption = FOLDER,
     run: RunOption = None,
     runs_dir: RunsDirOption = RUNS,
+    allow_python: AllowPythonOption = False,
     json_: JsonOption = False,
 ) -> ExitCode:
     """Save which questions A passes, without its replies, as one JSON file to be committed."""
     from qat.behavior.baseline import make_baseline, save_baseline
 
     path = results_of(a, run, runs_dir)
-    made = make_baseline(name, path, _suite_of(a, path, suite, run, runs_dir))
+    with user_code(suite or "", allow_python):
+        made = make_baseline(name, path, _suite_of(a, path, suite, run, runs_dir))
     target = save_baseline(made, folder, replace)
     result = {"baseline": str(target), **_line(made)}
     emit(result, json_, lambda: print_pairs(result))

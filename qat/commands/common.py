@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -37,6 +37,9 @@ RunsDirOption = Annotated[Path, typer.Option("--runs-dir", help="Folder of all r
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Throw away what an earlier call left in the run.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the recipe: train.sft.epochs=2; repeatable.")
+]
+AllowPythonOption = Annotated[
+    bool, typer.Option("--allow-python", help="Run the code that `python` checks of the suite name; read it first.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RUNS = Path("runs")
@@ -91,6 +94,15 @@ def emit(result: object, as_json: bool, text: Callable[[], None]) -> None:
         print(json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         text()
+
+
+def user_code(suite: str, allowed: bool) -> AbstractContextManager[None]:
+    """Inside, the suite of this name may bind checks that run code of whoever wrote it, where that is allowed."""
+    if not allowed:
+        return nullcontext()
+    from qat.behavior.checks.user_code import allow_user_code
+
+    return allow_user_code(Path(suite).resolve().parent)
 
 
 def open_run(
@@ -167,3 +179,14 @@ def difference(entry: dict[str, Any] | None) -> str:
     if entry.get("ci_low") is None or entry.get("difference") is None:
         return "too few"
     return f"{100 * entry['difference']:+.1f} [{100 * entry['ci_low']:+.1f}, {100 * entry['ci_high']:+.1f}]"
+
+
+def divergence_line(found: dict[str, Any]) -> str:
+    """KL and top-1 agreement on the reference's replies (`<arm>.divergence.json`) in one line."""
+    error = "" if found["kl_se"] is None else f" (standard error {found['kl_se']:.4f})"
+    unscored = f", {found['unscored']} replies not scored" if found["unscored"] else ""
+    return (
+        f"KL to {found['reference']} on its own {found['sampling']} replies: {found['kl']:.4f} nats a token{error}, "
+        f"top-1 agreement {100 * found['top1']:.1f} %, {found['tokens']} tokens of {found['cases']} cases, "
+        f"{100 * found['rest']:.2g} % of the mass beyond the lists{unscored}"
+    )

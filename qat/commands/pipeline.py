@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +12,7 @@ import typer
 
 from qat.commands.common import (
     RUNS,
+    AllowPythonOption,
     FreshOption,
     JsonOption,
     RecipeOption,
@@ -25,6 +27,7 @@ from qat.commands.common import (
     print_table,
     run_recipe,
     terminable,
+    user_code,
 )
 from qat.errors import ExitCode, UserError
 
@@ -49,13 +52,15 @@ def run(
     runs_dir: RunsDirOption = RUNS,
     fresh: FreshOption = False,
     overrides: SetOption = None,
+    allow_python: AllowPythonOption = False,
     json_: JsonOption = False,
 ) -> ExitCode:
     """Run the whole chain, from the data to the verdict; an earlier call's finished stages are kept."""
     with terminable(), open_run(recipe, run, runs_dir, fresh, overrides) as opened:
         from qat import chain
 
-        chain.run_all(opened)
+        with user_code(opened.recipe.behavior.suite, allow_python):
+            chain.run_all(opened)
         return _show_verdict(opened.folder, json_)
 
 
@@ -66,13 +71,29 @@ def train(
     runs_dir: RunsDirOption = RUNS,
     fresh: FreshOption = False,
     overrides: SetOption = None,
+    gpus: Annotated[
+        int, typer.Option("--gpus", help="Fine-tune and distil on so many GPUs, on all machines together.", min=1)
+    ] = 1,
+    launch_flags: Annotated[
+        str, typer.Option("--launch-flags", help="For `accelerate launch`, such as those of several machines.")
+    ] = "",
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Time a few steps on random weights and project the training; no run.")
+    ] = False,
     json_: JsonOption = False,
 ) -> ExitCode:
     """Prepare the data, fine-tune, calibrate and distil; measure the divergence of every arm."""
+    if rehearse:
+        from qat.commands.plan import show_rehearsal
+
+        with terminable():
+            show_rehearsal(recipe, overrides, json_)
+        return ExitCode.DONE
     with terminable(), open_run(recipe, run, runs_dir, fresh, overrides) as opened:
         from qat import chain
+        from qat.train.launch import Processes
 
-        chain.train(opened)
+        chain.train(opened, Processes(gpus, tuple(shlex.split(launch_flags))))
         _show_stages(opened, json_)
     return ExitCode.DONE
 
@@ -134,6 +155,11 @@ def test(
     ] = None,
     shard: Annotated[str | None, typer.Option("--shard", help="For --url: the i-th of n parts, as i/n.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Result file of --url; continued where it exists.")] = None,
+    divergence_from: Annotated[
+        Path | None,
+        typer.Option("--divergence-from", help="For --url: KL on the replies in this result file; --out's: reference."),
+    ] = None,
+    allow_python: AllowPythonOption = False,
     json_: JsonOption = False,
 ) -> ExitCode:
     """Serve every exported arm in turn, run the suite on it and judge; exit 0 PASS, 1 FAIL, 3 INCONCLUSIVE."""
@@ -142,9 +168,12 @@ def test(
 
         if power or run is not None:
             raise UserError("--url tests an endpoint alone.", remedy="leave --power and --run out")
-        return ask_endpoint(Wanted(url, suite, model, recipe, overrides or (), repeats, only or (), shard, out), json_)
-    if repeats != 1 or any(given is not None for given in (suite, model, only, shard, out)):
-        raise UserError("--suite, --model, --n, --only, --shard and --out belong to --url.", remedy="add --url")
+        asked = (url, suite, model, recipe, overrides or (), repeats, only or (), shard, out)
+        return ask_endpoint(Wanted(*asked, divergence_from, allow_python), json_)
+    if repeats != 1 or any(given is not None for given in (suite, model, only, shard, out, divergence_from)):
+        raise UserError(
+            "--suite, --model, --n, --only, --shard, --out and --divergence-from belong to --url.", remedy="add --url"
+        )
     if power:
         from qat.commands.power import show_power
         from qat.recipe.load import load_recipe
@@ -162,7 +191,8 @@ def test(
     with terminable(), open_run(recipe, run, runs_dir, overrides=overrides) as opened:
         from qat import chain
 
-        chain.judge(opened)
+        with user_code(opened.recipe.behavior.suite, allow_python):
+            chain.judge(opened)
         return _show_verdict(opened.folder, json_)
 
 
@@ -217,28 +247,38 @@ def arms_table(folder: Path, verdict: dict[str, Any]) -> tuple[list[str], list[l
     """Columns and rows of the arms table, from a run's files.
 
     Args:
-        folder: The run; `divergence.json` and the exports' sizes are read where they are there.
+        folder: The run; `divergence.json` (the forward on held-out replies) and `behavior/<arm>.divergence.json` (the
+            servers on the suite's replies) are read where they are there.
         verdict: Contents of `verdict.json`.
 
     Returns:
         Headings, and one row of texts per arm. `--` stands where a figure does not apply or was not measured.
     """
-    path = folder / "divergence.json"
-    divergence = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    divergence = _read_json(folder / "divergence.json")
+    replies = {name: _read_json(folder / "behavior" / f"{name}.divergence.json") for name in verdict["arms"]}
     passes = list(dict.fromkeys(name for arm in verdict["arms"].values() for name in arm["samplings"]))
     compared = {entry["arm"]: entry for entry in verdict["comparisons"]}
     gate = verdict["gate"]
     interval = f"{100 * gate['confidence']:g} % interval"
     columns = ["arm", *passes, f"{interval} ({gate['sampling']})", f"minus {gate['reference']}, points", "KL", "top-1"]
+    if any(replies.values()):
+        columns += ["KL, suite", "top-1, suite"]
     rows = []
     for name, arm in verdict["arms"].items():
         row = [name, *(_rate(arm["samplings"].get(sampling)) for sampling in passes), _interval(arm["overall"])]
         row.append(difference(compared.get(name)))
-        drift = divergence.get(name, {})
-        row.append(f"{drift['kl']:.4f}" if "kl" in drift else "--")
-        row.append(f"{drift['top1']:.3f}" if "top1" in drift else "--")
+        drifts = [divergence.get(name, {}), *([replies[name]] if any(replies.values()) else [])]
+        for drift in drifts:
+            row.append(f"{drift['kl']:.4f}" if "kl" in drift else "--")
+            row.append(f"{drift['top1']:.3f}" if "top1" in drift else "--")
         rows.append(row)
     return columns, rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file of the run; empty where it was not written."""
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def _rate(rate: dict[str, Any] | None) -> str:

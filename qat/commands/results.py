@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from qat.commands.common import (
     RunOption,
     RunsDirOption,
     difference,
+    divergence_line,
     emit,
     existing_run,
     exits,
@@ -37,7 +39,10 @@ def compare(
 
     arm, reference = (results_of(name, run, runs_dir) for name in (a, b))
     found = compare_results(reference, arm, sampling=sampling, margin=margin)
-    result = {"a": str(arm), "b": str(reference), "comparisons": [entry.to_json() for entry in found]}
+    drift = _divergence(arm, found[0].reference)
+    result: dict[str, Any] = {"a": str(arm), "b": str(reference), "comparisons": [entry.to_json() for entry in found]}
+    if drift is not None:
+        result["divergence"] = drift
 
     def text() -> None:
         columns = ("sampling", "pairs", "A minus B", "only A passes", "only B passes", "A against itself",
@@ -46,9 +51,25 @@ def compare(
         for entry in found:
             print(f"{entry.sampling}: only {b} passes: {', '.join(entry.flips_worse) or '--'}")
             print(f"{entry.sampling}: only {a} passes: {', '.join(entry.flips_better) or '--'}")
+        if drift is not None:
+            print(divergence_line(drift))
 
     emit(result, json_, text)
     return ExitCode.DONE
+
+
+def _divergence(arm: Path, reference: str) -> dict[str, Any] | None:
+    """What was measured of the arm on the reference's replies; None where nothing was, or against another one."""
+    from qat.behavior.records import divergence_path
+
+    path = divergence_path(arm)
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found if found["reference"] == reference else None
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError("The divergence of the arm cannot be read.", where=str(path), value=str(error)) from error
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qat.commands.common import JsonOption, emit, exits, print_pairs
+from qat.commands.common import AllowPythonOption, JsonOption, emit, exits, print_pairs, user_code
 from qat.errors import ExitCode
 
 app = typer.Typer(help="Check a suite, and join the results of its shards.", no_args_is_help=True,
@@ -19,12 +19,14 @@ app = typer.Typer(help="Check a suite, and join the results of its shards.", no_
 @exits()
 def check(
     suite: Annotated[str, typer.Argument(help="Shipped suite, or a YAML file.", metavar="SUITE")],
+    allow_python: AllowPythonOption = False,
     json_: JsonOption = False,
 ) -> ExitCode:
     """Read a suite; show its version and hash, as `include` pins them, and its cases by category."""
     from qat.behavior.suite import load_suite
 
-    found = load_suite(suite)
+    with user_code(suite, allow_python):
+        found = load_suite(suite)
     result = {
         "name": found.name,
         "version": found.version,

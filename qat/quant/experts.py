@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from torch import Tensor, nn
+from transformers.activations import ReLUSquaredActivation
+
+from qat.quant.effective import Adapted, whole
+from qat.quant.products import computing, low_rank_pays, multiply, multiply_low_rank, ready
 
 
 def projections(module: nn.Module) -> tuple[str, str] | None:
@@ -37,6 +40,52 @@ def projections(module: nn.Module) -> tuple[str, str] | None:
     return first, "down_proj"
 
 
+class Routing(NamedTuple):
+    """Which rows go to which expert: (token, slot) pairs in the order of their experts.
+
+    Attributes:
+        token: int64 (pairs,), the token of each pair.
+        place: int64 (tokens, slots), where each token's pairs stand.
+        offsets: int32 (experts,), where each expert's pairs end.
+    """
+
+    token: Tensor
+    place: Tensor
+    offsets: Tensor
+
+    def gather(self, hidden: Tensor) -> Tensor:
+        """(tokens, width) -> (pairs, width)."""
+        if hidden.is_cuda:
+            from qat.quant.kernels import routing
+
+            return routing.gather(hidden, self.token, self.place)
+        return hidden[self.token]
+
+    def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """(pairs, width) and (tokens, slots) -> (tokens, width), in the dtype of the rows."""
+        if rows.is_cuda:
+            from qat.quant.kernels import routing
+
+            return routing.combine(rows, self.place, weights)
+        weighted = rows[self.place.reshape(-1)] * weights.reshape(-1, 1)
+        return weighted.view(*self.place.shape, -1).sum(dim=1).to(rows.dtype)
+
+
+def sort_by_expert(top_k_index: Tensor, experts: int) -> Routing:
+    """Order (token, slot) pairs by expert, a token's place within an expert by its number.
+
+    Args:
+        top_k_index: int64 (tokens, slots).
+        experts: Number of experts.
+    """
+    expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    # Not a count of each expert: that waits for the GPU.
+    offsets = torch.searchsorted(expert, torch.arange(experts, device=order.device), right=True, out_int32=True)
+    return Routing(order // top_k_index.shape[-1], place.view(top_k_index.shape), offsets)
+
+
 class QuantFusedExperts(QuantModule):
     """Transformers' fused experts with quantizers; ModelOpt mixes this class into the module's own.
 
@@ -47,24 +96,14 @@ class QuantFusedExperts(QuantModule):
         names = projections(self)
         if names is None:  # a class is registered for instances that have these parameters
             raise TypeError(f"{type(self).__name__} holds no fused experts")
+        if "forward" in self.__dict__:  # it would come before this class's
+            raise TypeError("quantizers go into a model on which use_fast_experts_ was not called")
         for name in names:
             for kind in ("input", "weight"):
                 self._register_temp_attribute(f"{name}_{kind}_quantizer", TensorQuantizer())
         self._register_temp_attribute("projection_names", names)
-        # Effective weights by parameter name while an adapter is active, set by the adapter's wrapper for one forward.
+        # Weights with their adapter by parameter name while one is active, set by its wrapper for one forward.
         self._register_temp_attribute("adapted", {})
-
-    def weight(self, name: str) -> Tensor:
-        """The weight before quantization: the parameter, or its effective weight while an adapter is active.
-
-        Args:
-            name: Of the parameter.
-
-        Returns:
-            (experts, out, in).
-        """
-        adapted: Tensor | None = self.adapted.get(name)
-        return getattr(self, name) if adapted is None else adapted
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
         """Nothing: weights are calibrated in the forward, where adapters are active (ModelOpt's hook)."""
@@ -82,41 +121,26 @@ class QuantFusedExperts(QuantModule):
             (tokens, hidden) in the dtype of `hidden_states`.
         """
         first, second = self.projection_names
-        quantizers = [
+        first_input, first_weight, second_input, second_weight = quantizers = [
             getattr(self, f"{name}_{kind}_quantizer") for name in (first, second) for kind in ("input", "weight")
         ]
         if not any(quantizer.is_enabled for quantizer in quantizers):
             with self._in_place_of_parameters():
                 output: Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
                 return output
-        first_input, first_weight, second_input, second_weight = quantizers
-        routed, order, offsets = self._sort(top_k_index)
+        routing = sort_by_expert(top_k_index, self.num_experts)
         # Rows are quantized before they are copied to their experts: the same numbers for 1/k of the work.
-        rows = first_input(hidden_states)[routed]
-        inner = _grouped_linear(rows, first_weight(self.weight(first)), offsets)
-        inner = self._apply_gate(inner) if first == "gate_up_proj" else self.act_fn(inner)
-        outer = _grouped_linear(second_input(inner), second_weight(self.weight(second)), offsets)
-        weighted = outer * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        unsorted = weighted[torch.argsort(order)].view(*top_k_index.shape, -1)
-        return unsorted.sum(dim=1).to(hidden_states.dtype)
-
-    def _sort(self, top_k_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Order (token, slot) pairs by expert.
-
-        Returns:
-            The token of each pair, the pair's place in the flattened routing (both int64 (tokens * k,)), and where each
-            expert's pairs end (int32 (experts,)).
-        """
-        flat = top_k_index.reshape(-1)
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=self.num_experts)
-        return order // top_k_index.shape[-1], order, counts.cumsum(0).to(torch.int32)
+        rows = routing.gather(first_input(hidden_states))
+        inner = multiply(rows, _weight(self, first), first_weight, routing.offsets)
+        inner = _activation(self, inner, second_input)
+        outer = multiply(inner, _weight(self, second), second_weight, routing.offsets)
+        return routing.combine(outer, top_k_weights).to(hidden_states.dtype)
 
     @contextmanager
     def _in_place_of_parameters(self) -> Iterator[None]:
         """Let the module's own forward see effective weights: instance attributes come before parameters in look-up."""
         attributes = self.__dict__
-        attributes.update(self.adapted)
+        attributes.update({name: whole(weight) for name, weight in self.adapted.items()})
         try:
             yield
         finally:
@@ -124,18 +148,57 @@ class QuantFusedExperts(QuantModule):
                 del attributes[name]
 
 
-def _grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """Multiply each expert's rows with its matrix.
+def plain_experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Run unquantized fused experts on a GPU, for training: see `qat.quant.lora.use_fast_experts_`.
+
+    While the module trains, an adapter stays low-rank where that moves fewer bytes (`low_rank_pays`); otherwise, and
+    always in `eval` mode, the effective weight is formed.
 
     Args:
-        rows: (pairs, in), sorted by expert.
-        weight: (experts, out, in).
-        offsets: int32 (experts,), where each expert's rows end.
+        module: Transformers' fused experts; `module.adapted` holds the weights with an active adapter.
+        hidden_states: (tokens, hidden).
+        top_k_index: int64 (tokens, k), the experts of each token.
+        top_k_weights: (tokens, k).
 
     Returns:
-        (pairs, out).
+        (tokens, hidden) in the dtype of `hidden_states`.
     """
-    return F.grouped_mm(rows, weight.transpose(-2, -1), offs=offsets)
+    first, second = module.projection_names
+    routing = sort_by_expert(top_k_index, module.num_experts)
+
+    def project(rows: Tensor, name: str) -> Tensor:
+        weight = _weight(module, name)
+        if isinstance(weight, Adapted) and module.training and low_rank_pays(rows.shape[0], weight.w):
+            return multiply_low_rank(rows, weight, routing.offsets)
+        return multiply(rows, weight, None, routing.offsets)
+
+    inner = _activation(module, project(routing.gather(hidden_states), first), None)
+    return routing.combine(project(inner, second), top_k_weights).to(hidden_states.dtype)
+
+
+def _weight(module: Any, name: str) -> Tensor | Adapted:
+    """The parameter, or while an adapter is active the parameter with it; (experts, out, in)."""
+    adapted: dict[str, Tensor | Adapted] = module.adapted
+    return adapted[name] if name in adapted else getattr(module, name)
+
+
+def _activation(module: Any, inner: Tensor, quantizer: TensorQuantizer | None) -> Tensor:
+    """Activate (pairs, out) and quantize the result, on a GPU relu(x)**2 in one pass with it."""
+    if inner.is_cuda and not _is_gated(module) and isinstance(module.act_fn, ReLUSquaredActivation):
+        from qat.quant.kernels.nvfp4 import relu2
+
+        if quantizer is not None and ready(quantizer):
+            with computing(quantizer, relu2):
+                fused: Tensor = quantizer(inner)
+                return fused
+        activated = relu2(inner)
+    else:
+        activated = module._apply_gate(inner) if _is_gated(module) else module.act_fn(inner)
+    return activated if quantizer is None else quantizer(activated)
+
+
+def _is_gated(module: Any) -> bool:
+    return "gate_up_proj" in module._parameters
 
 
 def register_fused_experts(model: nn.Module) -> int:

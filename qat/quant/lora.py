@@ -6,21 +6,23 @@ registry of quantized modules, so that the forward, the merge and the export sha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import modelopt.torch.quantization  # noqa: F401  registers ModelOpt's own classes, which are replaced below
 import torch
-import torch.nn.functional as F
 from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, TensorQuantizer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.quant.effective import effective_weight, expert_factors
-from qat.quant.experts import QuantFusedExperts
+from qat.quant.effective import Adapted, expert_factors, whole
+from qat.quant.experts import QuantFusedExperts, plain_experts, projections
+from qat.quant.packed import PackedWeight, add_low_rank_
+from qat.quant.products import multiply
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,9 +45,7 @@ class QuantLoraLinear(QuantModule):
         Returns:
             (…, out).
         """
-        _require_unmerged(self)
-        weight = linear_weight(self)
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(weight), self.base_layer.bias)
+        return lora_linear(self, self.input_quantizer(x), self.weight_quantizer)
 
     def iter_weights_for_calibration(self) -> Iterator[tuple[Tensor, TensorQuantizer]]:
         """Nothing: weights are calibrated in the forward, where adapters are active (ModelOpt's hook)."""
@@ -60,17 +60,60 @@ class QuantParamWrapper(QuantModule):
 
     @contextmanager
     def _activate_lora(self, active_adapters: Sequence[str]) -> Iterator[None]:
-        _require_unmerged(self)
-        experts = self.get_base_layer()
-        if not isinstance(experts, QuantFusedExperts):
-            with super()._activate_lora(active_adapters):
+        if isinstance(self.get_base_layer(), QuantFusedExperts):
+            with _handed_over(self, active_adapters):
                 yield
             return
-        experts.adapted[self.parameter_name] = parameter_weight(self)
-        try:
+        _require_unmerged(self)
+        with super()._activate_lora(active_adapters):
             yield
-        finally:
-            del experts.adapted[self.parameter_name]
+
+
+@contextmanager
+def _handed_over(layer: Any, _: Sequence[str]) -> Iterator[None]:
+    """Give the experts the parameter together with its active adapter, for one forward."""
+    _require_unmerged(layer)
+    adapted = layer.get_base_layer().adapted
+    adapted[layer.parameter_name] = adapted_weight(layer)
+    try:
+        yield
+    finally:
+        del adapted[layer.parameter_name]
+
+
+def lora_linear(layer: Any, x: Tensor, quantizer: Any = None) -> Tensor:
+    """Multiply with the effective weight of a LoRA linear.
+
+    Args:
+        layer: PEFT's LoRA linear.
+        x: (…, in).
+        quantizer: Of the weight.
+
+    Returns:
+        (…, out).
+    """
+    _require_unmerged(layer)
+    return multiply(x, adapted_weight(layer), quantizer, bias=layer.base_layer.bias)
+
+
+def adapted_weight(layer: Any) -> Tensor | Adapted:
+    """The weight of a LoRA layer with the active adapter that was added last, still apart; earlier ones are merged.
+
+    Args:
+        layer: PEFT's LoRA linear or wrapper of a fused expert parameter, quantized or not.
+
+    Returns:
+        (out, in) or (experts, out, in); the base weight alone where adapters are disabled.
+    """
+    fused = isinstance(layer, ParamWrapper)
+    weight: Tensor | Adapted = layer.get_param() if fused else layer.base_layer.weight
+    for adapter in _active(layer):
+        base = whole(weight)
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if fused:
+            a, b = expert_factors(a, b, base.shape[0])
+        weight = Adapted(base, a, b, layer.scaling[adapter])
+    return weight
 
 
 def linear_weight(layer: Any) -> Tensor:
@@ -82,11 +125,7 @@ def linear_weight(layer: Any) -> Tensor:
     Returns:
         (out, in) in the base weight's dtype.
     """
-    weight: Tensor = layer.base_layer.weight
-    for adapter in _active(layer):
-        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        weight = effective_weight(weight, a, b, layer.scaling[adapter])
-    return weight
+    return whole(adapted_weight(layer))
 
 
 def parameter_weight(layer: Any) -> Tensor:
@@ -98,11 +137,29 @@ def parameter_weight(layer: Any) -> Tensor:
     Returns:
         (experts, out, in) in the parameter's dtype.
     """
-    weight: Tensor = layer.get_param()
-    for adapter in _active(layer):
-        a, b = expert_factors(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, weight.shape[0])
-        weight = effective_weight(weight, a, b, layer.scaling[adapter])
-    return weight
+    return linear_weight(layer)
+
+
+def use_fast_experts_(model: nn.Module) -> int:
+    """Let fused experts train unquantized on a GPU with one pass where Transformers and PEFT make several.
+
+    Rows are copied and summed by one kernel each, and adapters stay low-rank or are formed, whichever moves fewer
+    bytes (`qat.quant.products.low_rank_pays`). Not for a model that gets quantizers afterwards: they bring their own.
+
+    Args:
+        model: With or without PEFT adapters, on a GPU; changed in place.
+
+    Returns:
+        Number of modules with fused experts.
+    """
+    count = 0
+    for module in model.modules():
+        if isinstance(module, ParamWrapper) and projections(module.get_base_layer()) is not None:
+            module._activate_lora = partial(_handed_over, module)
+        elif (names := projections(module)) is not None:
+            module.__dict__.update(projection_names=names, adapted={}, forward=partial(plain_experts, module))
+            count += 1
+    return count
 
 
 def register_lora() -> None:
@@ -167,15 +224,27 @@ def merge_adapter_(model: PeftModel) -> PreTrainedModel:
     for layer in model.modules():
         if isinstance(layer, LoraLinear):
             _require_unmerged(layer)
-            layer.base_layer.weight.data.copy_(linear_weight(layer))
+            _absorb_(layer.base_layer.weight, layer, linear_weight)
         elif isinstance(layer, ParamWrapper):
             _require_unmerged(layer)
-            layer.get_param().data.copy_(parameter_weight(layer))
+            _absorb_(layer.get_param(), layer, parameter_weight)
     plain: PreTrainedModel = model.base_model.unload()
     # Left behind, it makes the next get_peft_model warn that the model is being modified a second time.
     if hasattr(plain, "peft_config"):
         del plain.peft_config
     return plain
+
+
+def _absorb_(weight: Tensor, layer: Any, effective: Callable[[Any], Tensor]) -> None:
+    """Write a layer's effective weight into its base weight; a packed one keeps the factors instead."""
+    if not isinstance(weight, PackedWeight):
+        weight.data.copy_(effective(layer))
+        return
+    for adapter in _active(layer):
+        a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if weight.dim() == 3:
+            a, b = expert_factors(a, b, weight.shape[0])
+        add_low_rank_(weight, a, b, layer.scaling[adapter])
 
 
 def _active(layer: Any) -> list[str]:

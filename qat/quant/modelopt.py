@@ -1,7 +1,8 @@
-"""NVFP4 in the forward: ModelOpt's quantizers around our arithmetic, inserted where the preset says.
+"""Quantization in the forward: ModelOpt's quantizers around our arithmetic, inserted where the preset says.
 
-ModelOpt keeps the insertion, the calibration and the on/off switches; what a quantizer computes is `qat.quant.nvfp4`
-through a registered backend, fused experts and LoRA layers are classes in ModelOpt's registry of quantized modules.
+ModelOpt keeps the insertion, the calibration and the on/off switches; what a quantizer computes is `qat.quant.nvfp4` or
+`qat.quant.fp8` through a registered backend, fused experts and LoRA layers are classes in ModelOpt's registry of
+quantized modules.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import modelopt.torch.quantization as mtq
 import torch
@@ -20,18 +21,33 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.patches.registry import ensure
+from qat.quant import fp8, nvfp4
+from qat.quant.calibrators import ALGORITHMS, ActivationMse, Percentile, PerExpertMax, WeightMse
 from qat.quant.experts import QuantFusedExperts, register_fused_experts
 from qat.quant.lora import QuantLoraLinear, register_lora, require_plain_lora
 from qat.quant.names import checkpoint_name, sharing_groups
-from qat.quant.nvfp4 import fake_quant_activation, fake_quant_weight
-from qat.quant.presets import Preset
+from qat.quant.presets import FP8, NVFP4, W4A16, Preset
 from qat.quant.state import ModuleState, QuantState
 
 BACKEND = "qat_nvfp4"
 """Name of the backend in ModelOpt's registry."""
 
-# What ModelOpt records of the format; the backend computes it.
-_NVFP4 = {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}, "backend": BACKEND}
+# What ModelOpt records of a format; the backend computes it.
+_E2M1: dict[str, Any] = {
+    "num_bits": (2, 1),
+    "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)},
+    "backend": BACKEND,
+}
+_E4M3: dict[str, Any] = {"num_bits": (4, 3), "block_sizes": None, "backend": BACKEND}
+_ATTRIBUTES = {NVFP4: _E2M1, W4A16: _E2M1, FP8: _E4M3}
+# (format, operand) -> what a quantizer computes; W4A16 leaves activations alone.
+_FUNCTIONS = {
+    (NVFP4, "weight"): nvfp4.fake_quant_weight,
+    (NVFP4, "input"): nvfp4.fake_quant_activation,
+    (W4A16, "weight"): nvfp4.fake_quant_weight,
+    (FP8, "weight"): fp8.fake_quant_weight,
+    (FP8, "input"): fp8.fake_quant_activation,
+}
 
 # The repairs without which quantizers would be bypassed or the teacher changed.
 _PATCHES = {"": ("modelopt_eager_experts",), "nemotron_h": ("modelopt_eager_experts", "nemotron_h_fused_mamba")}
@@ -42,11 +58,16 @@ class Quantizers(NamedTuple):
 
     Attributes:
         weight: Holds one range; for fused experts one per expert.
-        input: Holds one range.
+        input: Holds one range; has none and is off where activations are left alone (`w4a16`).
     """
 
     weight: TensorQuantizer
     input: TensorQuantizer
+
+    def used(self) -> dict[str, TensorQuantizer]:
+        """Those of the two that the module's format has, by operand."""
+        has_input = (quantization_format(self), "input") in _FUNCTIONS
+        return {"weight": self.weight, **({"input": self.input} if has_input else {})}
 
 
 class Inserted(NamedTuple):
@@ -78,33 +99,23 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _fake_quantize(x: Tensor, quantizer: TensorQuantizer) -> Tensor:
-    """The backend's entry point; the quantizer's extra arguments say which of the two orders of operations applies."""
+    """The backend's entry point; the quantizer's extra arguments say which arithmetic applies."""
     amax = getattr(quantizer, "_amax", None)
     if amax is None:
-        raise RuntimeError("an NVFP4 quantizer ran before it was calibrated")
-    function = fake_quant_weight if quantizer.backend_extra_args["operand"] == "weight" else fake_quant_activation
-    quantized: Tensor = _StraightThrough.apply(x, amax, function)  # type: ignore[no-untyped-call]
+        raise RuntimeError("a quantizer ran before it was calibrated")
+    fused: Callable[[Tensor, Tensor], Tensor] | None = quantizer.__dict__.get("_qat_fused")
+    if fused is not None:  # `qat.quant.products.computing`
+        return fused(x, amax)
+    quantized: Tensor = _StraightThrough.apply(x, amax, _function(quantizer))  # type: ignore[no-untyped-call]
     return quantized
 
 
-class PerExpertMax(MaxCalibrator):
-    """Collects one range per expert from weights of shape (experts, out, in)."""
-
-    _calib_amax: Tensor | None
-
-    @torch.no_grad()
-    def collect(self, x: Tensor) -> None:
-        """Take the maximum of |x| over each expert's matrix."""
-        amax = x.abs().amax(dim=(1, 2))
-        self._calib_amax = amax if self._calib_amax is None else torch.maximum(self._calib_amax, amax)
-
-
-def insert_quantizers(model: nn.Module, preset: str, config: Mapping[str, Any]) -> Inserted:
-    """Put NVFP4 quantizers where the preset says and nowhere else. Calibrate afterwards.
+def insert_quantizers(model: nn.Module, preset: str | Preset, config: Mapping[str, Any]) -> Inserted:
+    """Put quantizers where the preset says and nowhere else. Calibrate afterwards.
 
     Args:
         model: Plain, or with PEFT adapters (fresh ones included); weights in BF16 or FP32. Changed in place.
-        preset: Name of the precision preset.
+        preset: The precision preset, or the name of a shipped one.
         config: The base's `config.json`.
 
     Returns:
@@ -114,7 +125,8 @@ def insert_quantizers(model: nn.Module, preset: str, config: Mapping[str, Any]) 
         UserError: The preset does not fit the model, names a module that the model does not have, or an adapter cannot
             be quantized.
     """
-    chosen, excluded = Preset(preset).quantized_modules(config), Preset(preset).excludes(config)
+    preset = Preset(preset) if isinstance(preset, str) else preset
+    chosen, excluded = preset.formats(config), preset.excludes(config)
     require_plain_lora(model)
     ensure(*_PATCHES.get(str(config["model_type"]), _PATCHES[""]))
     if not is_registered_quant_backend(BACKEND):
@@ -132,21 +144,30 @@ def insert_quantizers(model: nn.Module, preset: str, config: Mapping[str, Any]) 
             value=missing[0],
             remedy="The configuration does not describe this model: use the base's own config.json.",
         )
-    for name in chosen:
-        _configure(present[name])
+    for name, kind in chosen.items():
+        _configure(present[name], kind)
     inserted = {name: present[name] for name in chosen}
     base: nn.Module = getattr(model, "get_base_model", lambda: model)()
     for holder in (model, base):  # whoever holds only one of the two finds them
         holder.__dict__["_qat_modules"] = inserted
-    return Inserted(preset, chosen, [name for name in present if name not in set(chosen)], excluded)
+    return Inserted(preset.name, list(chosen), [name for name in present if name not in chosen], excluded)
 
 
-def calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], None]) -> list[list[str]]:
+def calibrate(
+    model: nn.Module,
+    forward_loop: Callable[[nn.Module], None],
+    *,
+    algorithm: str = "max",
+    percentile: float = 99.99,
+) -> list[list[str]]:
     """Set every range from data, then share ranges among modules that a server fuses.
 
     Args:
         model: After `insert_quantizers`; active adapters count.
-        forward_loop: Runs the calibration samples through the model (without gradients is enough).
+        forward_loop: Runs the calibration samples through the model (without gradients is enough). It is called twice
+            for `mse`.
+        algorithm: One of `qat.quant.calibrators.ALGORITHMS`.
+        percentile: Of the activations' magnitudes, in percent; for `percentile` alone.
 
     Returns:
         The groups that share ranges.
@@ -154,24 +175,44 @@ def calibrate(model: nn.Module, forward_loop: Callable[[nn.Module], None]) -> li
     Raises:
         UserError: A module saw no data, or a range is zero or not finite.
     """
+    if algorithm not in ALGORITHMS:
+        raise UserError("Unknown calibration algorithm.", value=algorithm, remedy=", ".join(ALGORITHMS))
+    used = {name: pair.used() for name, pair in quantizers(model).items()}
     for pair in quantizers(model).values():
+        pair.weight._calibrator = PerExpertMax((2, 1), None, False) if _range_shape(pair) else MaxCalibrator()
+        pair.input._calibrator = Percentile(percentile) if algorithm == "percentile" else MaxCalibrator()
         for quantizer in pair:
             quantizer.reset_amax()
-            cast("Any", quantizer._calibrator).reset()
+    _collect(model, forward_loop, used)
+    if algorithm == "mse":
+        for operands in used.values():
+            for operand, quantizer in operands.items():
+                search = WeightMse if operand == "weight" else ActivationMse
+                quantizer._calibrator = search(quantizer._amax, _function(quantizer))
+        _collect(model, forward_loop, used)
+    return share_amax(model)
+
+
+def _collect(
+    model: nn.Module, forward_loop: Callable[[nn.Module], None], used: Mapping[str, Mapping[str, TensorQuantizer]]
+) -> None:
+    """Let the quantizers' calibrators see the data and take over what they found."""
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        # ModelOpt's `max` runs whatever calibrator a quantizer has; its own `mse` passes over activations, and over
+        # weights that are calibrated in the forward.
         mtq.calibrate(model, algorithm="max", forward_loop=forward_loop)
-    for name, pair in quantizers(model).items():
-        for kind, quantizer in pair._asdict().items():
+    for name, operands in used.items():
+        for operand, quantizer in operands.items():
             amax = getattr(quantizer, "_amax", None)
             if amax is None or not bool((torch.isfinite(amax) & (amax > 0)).all()):
                 raise UserError(
-                    f"The calibration found no usable {kind} range.",
+                    f"The calibration found no usable {operand} range.",
                     where=name,
                     value=None if amax is None else amax.tolist(),
-                    remedy="The samples never reach this module, or its weights or inputs are all zero or not finite.",
+                    remedy="The samples never reach this module, its weights or inputs are all zero or not finite, or "
+                    "more of them are zero than the percentile leaves.",
                 )
             _set_amax(quantizer, amax)
-    return share_amax(model)
 
 
 def share_amax(model: nn.Module) -> list[list[str]]:
@@ -186,7 +227,8 @@ def share_amax(model: nn.Module) -> list[list[str]]:
     modules = quantizers(model)
     groups = sharing_groups(modules)
     for group in groups:
-        for members in zip(*(modules[name] for name in group), strict=True):
+        for operand in modules[group[0]].used():
+            members = [modules[name].used()[operand] for name in group]
             largest = torch.stack([quantizer._amax for quantizer in members]).amax(0)
             for quantizer in members:
                 _set_amax(quantizer, largest)
@@ -234,7 +276,10 @@ def collect_state(
         The state, on the CPU.
     """
     pairs = quantizers(model)
-    modules = {name: ModuleState(_range(pair.weight), _range(pair.input)) for name, pair in pairs.items()}
+    modules = {}
+    for name, pair in pairs.items():
+        ranges = {operand: _range(quantizer) for operand, quantizer in pair.used().items()}
+        modules[name] = ModuleState(ranges["weight"], ranges.get("input"), quantization_format(pair))
     return QuantState(
         modules=modules,
         preset=inserted.preset,
@@ -275,8 +320,16 @@ def load_state_into(model: nn.Module, state: QuantState) -> None:
                 value=f"{tuple(saved.weight_amax.shape)}, not {expected}",
                 remedy="Use the state that was made with this base and preset.",
             )
+        if saved.format != quantization_format(pair):
+            raise UserError(
+                "The quantizer state has another format than the preset asks for.",
+                where=name,
+                value=f"{saved.format}, not {quantization_format(pair)}",
+                remedy="Use the state that was made with this base and preset.",
+            )
         _set_amax(pair.weight, saved.weight_amax)
-        _set_amax(pair.input, saved.input_amax)
+        if saved.input_amax is not None:
+            _set_amax(pair.input, saved.input_amax)
 
 
 def _quantizable(model: nn.Module, model_type: str) -> dict[str, Quantizers]:
@@ -297,11 +350,22 @@ def _quantizable(model: nn.Module, model_type: str) -> dict[str, Quantizers]:
     return found
 
 
-def _configure(pair: Quantizers) -> None:
-    for operand, quantizer in zip(("weight", "input"), pair, strict=True):
-        quantizer.set_from_attribute_config({**_NVFP4, "backend_extra_args": {"operand": operand}, "enable": True})
-    if _range_shape(pair):
-        pair.weight._calibrator = PerExpertMax(_NVFP4["num_bits"], None, False)
+def quantization_format(pair: Quantizers) -> str:
+    """What a module is quantized to: one of `qat.quant.presets.FORMATS`."""
+    kind: str = pair.weight.backend_extra_args["format"]
+    return kind
+
+
+def _configure(pair: Quantizers, kind: str) -> None:
+    for operand, quantizer in pair._asdict().items():
+        enable = (kind, operand) in _FUNCTIONS
+        arguments = {"format": kind, "operand": operand}
+        quantizer.set_from_attribute_config({**_ATTRIBUTES[kind], "backend_extra_args": arguments, "enable": enable})
+
+
+def _function(quantizer: TensorQuantizer) -> Callable[[Tensor, Tensor], Tensor]:
+    arguments = quantizer.backend_extra_args
+    return _FUNCTIONS[arguments["format"], arguments["operand"]]
 
 
 def _range_shape(pair: Quantizers) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ Two orders of operations are kept on purpose; algebraically equal ones differ at
   checkpoint's `input_scale` as global scale.
 
 "Bit for bit" here means equal as numbers: a value that rounds to zero comes out as +0 (ModelOpt's unpacking does the
-same; vLLM's keeps the sign of the zero, which no matrix product can see).
+same; vLLM's keeps the sign of the zero, which no matrix product can see). On a GPU the fake quantization of every
+training step is one Triton kernel (`qat.quant.kernels.nvfp4`); what is written here is what it must equal.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def tensor_scale(amax: Tensor) -> Tensor:
     Returns:
         amax / (6 * 448) in float32, same shape.
     """
-    return amax.float() / (E2M1_MAX * E4M3_MAX)
+    # Divided by a tensor: by a number, CUDA multiplies with the rounded reciprocal instead.
+    return amax.float() / torch.full((), E2M1_MAX * E4M3_MAX, device=amax.device)
 
 
 def block_amax(x: Tensor) -> Tensor:
@@ -159,6 +161,10 @@ def dequantize(packed: Packed, dtype: torch.dtype) -> Tensor:
     Returns:
         (…, in): code value times (block scale times tensor scale), computed in float32 and rounded once.
     """
+    if packed.weight.is_cuda:
+        from qat.quant.kernels.unpack import unpack
+
+        return unpack(packed, dtype)
     magnitudes = torch.tensor(_MAGNITUDES, device=packed.weight.device)
     table = torch.cat([magnitudes, torch.where(magnitudes == 0, magnitudes, -magnitudes)])
     codes = torch.stack((packed.weight & 0xF, packed.weight >> 4), dim=-1)
@@ -177,6 +183,11 @@ def fake_quant_weight(w: Tensor, amax: Tensor) -> Tensor:
     Returns:
         Same shape and dtype as `w`.
     """
+    w = w.to_dense()  # of a packed base (`qat.quant.packed`); others are given back as they are
+    if w.is_cuda:
+        from qat.quant.kernels import nvfp4
+
+        return nvfp4.fake_quant_weight(w, amax)
     _, _, step = _weight_scales(w, amax)
     return _rounded_weight(w, step).mul_(step.unsqueeze(-1)).view(w.shape).to(w.dtype)
 
@@ -191,6 +202,10 @@ def fake_quant_activation(x: Tensor, amax: Tensor) -> Tensor:
     Returns:
         Same shape and dtype as `x`.
     """
+    if x.is_cuda:
+        from qat.quant.kernels import nvfp4
+
+        return nvfp4.fake_quant_activation(x, amax)
     # The checkpoint holds input_scale = amax / 2688 in float32, and vLLM takes its reciprocal when it loads the
     # weights.
     global_scale = 1.0 / tensor_scale(amax)

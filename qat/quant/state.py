@@ -1,8 +1,8 @@
 """`quant_state.safetensors`: what training hands to export.
 
-One float32 tensor `<module>.weight_amax` (scalar; (experts,) for fused experts) and one scalar `<module>.input_amax`
-per quantized module, under the checkpoint's module names; everything else is metadata (strings holding JSON). Layout:
-docs/architecture.md, section 8.
+One float32 tensor `<module>.weight_amax` (scalar; (experts,) for fused experts) and, where activations are quantized,
+one scalar `<module>.input_amax` per quantized module, under the checkpoint's module names; everything else is metadata
+(strings holding JSON). Layout: docs/architecture.md, section 8.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from torch import Tensor
 
 from qat import __version__
 from qat.errors import UserError
+from qat.quant.presets import FORMATS, NVFP4, PRESETS, W4A16, Preset
 from qat.storage import write_atomic
 
-FORMAT_VERSION = 1
-"""Raised when a reader of the old layout would misread the new one."""
+FORMAT_VERSION = 2
+"""Raised when a reader of the old layout would misread the new one. Version 2 knows formats other than NVFP4; a state
+without any is written as version 1, which every release reads."""
 
 _WEIGHT, _INPUT = ".weight_amax", ".input_amax"
 _REMEDY = "Write it again: run the calibration or the distillation of this run once more."
@@ -34,12 +36,14 @@ class ModuleState(NamedTuple):
     """The calibrated ranges of one module.
 
     Attributes:
-        weight_amax: float32 (), or (experts,) for fused experts; the scale is amax / (6 * 448).
-        input_amax: float32 (); one for all experts of a layer.
+        weight_amax: float32 (), or (experts,) for fused experts; NVFP4's scale is amax / (6 * 448), FP8's amax / 448.
+        input_amax: float32 (); one for all experts of a layer. None where activations are left alone (`w4a16`).
+        format: One of `qat.quant.presets.FORMATS`.
     """
 
     weight_amax: Tensor
-    input_amax: Tensor
+    input_amax: Tensor | None
+    format: str = NVFP4
 
 
 @dataclass
@@ -78,13 +82,15 @@ class QuantState:
         """
         tensors = {}
         for name in sorted(self.modules):
-            weight, entry = self.modules[name].weight_amax, self.modules[name].input_amax
-            if weight.dim() > 1 or entry.dim() or not (_is_range(weight) and _is_range(entry)):
-                raise ValueError(f"{name} has no valid ranges: {weight}, {entry}")
-            tensors[name + _INPUT] = entry
-            tensors[name + _WEIGHT] = weight
+            module = self.modules[name]
+            if not _is_valid(module):
+                raise ValueError(f"{name} has no valid ranges: {module}")
+            if module.input_amax is not None:
+                tensors[name + _INPUT] = module.input_amax
+            tensors[name + _WEIGHT] = module.weight_amax
+        formats = {name: module.format for name, module in sorted(self.modules.items()) if module.format != NVFP4}
         metadata = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if formats else 1,
             "preset": self.preset,
             "kv_cache": self.kv_cache,
             "groups": self.groups,
@@ -92,6 +98,7 @@ class QuantState:
             "adapter": self.adapter,
             "base_sha256": self.base_sha256,
             "qat_version": self.qat_version,
+            **({"formats": formats} if formats else {}),
         }
         write_atomic(path, _serialize(tensors, metadata))
 
@@ -120,9 +127,9 @@ class QuantState:
                 "The quantizer state is damaged or truncated.", where=str(path), value=str(error), remedy=_REMEDY
             ) from error
         version = metadata.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in (1, FORMAT_VERSION):
             raise UserError(
-                f"The quantizer state has another format version than {FORMAT_VERSION}.",
+                f"The quantizer state has another format version than 1 to {FORMAT_VERSION}.",
                 where=str(path),
                 value=version,
                 remedy="Use the version of qat that wrote it (metadata qat_version), or write it again.",
@@ -131,11 +138,17 @@ class QuantState:
             if not isinstance(metadata.get(key), kind):
                 raise _fault(path, f"its metadata has no {key}", metadata.get(key))
         return cls(
-            modules=_modules(tensors, path),
+            modules=_modules(tensors, metadata.get("formats", {}), path),
             adapter=metadata.get("adapter"),
             qat_version=str(metadata.get("qat_version")),
             **{key: metadata[key] for key in _KINDS},
         )
+
+    def precision(self) -> Preset:
+        """The preset of this state; an own one is rebuilt from what the modules are."""
+        if self.preset in PRESETS:
+            return Preset(self.preset)
+        return Preset(self.preset, {name: module.format for name, module in self.modules.items()})
 
     def require_base(self, sha256: str, where: str) -> None:
         """Check that the state belongs to a base.
@@ -177,22 +190,35 @@ def _metadata(content: bytes) -> dict[str, Any]:
     return {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
 
 
-def _modules(tensors: Mapping[str, Tensor], path: Path) -> dict[str, ModuleState]:
-    names = dict.fromkeys(key.rpartition(".")[0] for key in tensors)
+def _modules(tensors: Mapping[str, Tensor], formats: object, path: Path) -> dict[str, ModuleState]:
+    names = sorted(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
     if not names:
         raise _fault(path, "it holds no module", None)
     unknown = [key for key in tensors if not key.endswith((_WEIGHT, _INPUT))]
     if unknown:
         raise _fault(path, "it holds a tensor that is no range", unknown[0])
+    known = (
+        isinstance(formats, dict) and set(formats) <= set(names) and all(kind in FORMATS for kind in formats.values())
+    )
+    if not isinstance(formats, dict) or not known:
+        raise _fault(path, "its formats are none of modules that it holds", formats)
     modules = {}
-    for name in sorted(names):
+    for name in names:
+        kind = formats.get(name, NVFP4)
         weight, entry = tensors.get(name + _WEIGHT), tensors.get(name + _INPUT)
-        if weight is None or entry is None:
-            raise _fault(path, "a module lacks one of its two ranges", name)
-        if weight.dim() > 1 or entry.dim() or not (_is_range(weight) and _is_range(entry)):
+        if weight is None or (entry is None) != (kind == W4A16):
+            raise _fault(path, f"a module lacks one of its ranges, or has one too many for {kind}", name)
+        modules[name] = ModuleState(weight, entry, kind)
+        if not _is_valid(modules[name]):
             raise _fault(path, "a module's ranges are not positive finite float32 numbers", name)
-        modules[name] = ModuleState(weight, entry)
     return modules
+
+
+def _is_valid(module: ModuleState) -> bool:
+    weight, entry = module.weight_amax, module.input_amax
+    if (entry is None) != (module.format == W4A16) or (entry is not None and (entry.dim() or not _is_range(entry))):
+        return False
+    return weight.dim() <= 1 and _is_range(weight)
 
 
 def _is_range(amax: Tensor) -> bool:

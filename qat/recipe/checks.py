@@ -11,10 +11,8 @@ if TYPE_CHECKING:
 KeyPath = tuple[str | int, ...]
 
 PRESETS = ("nvidia-nano", "conservative", "aggressive", "lightning", "all")
-# `lightning` mixes in formats that the exporter cannot write.
-EXPORTABLE_PRESETS = ("nvidia-nano", "conservative", "aggressive", "all")
 # These name Mamba and MoE layers, which only this family has.
-NEMOTRON_H_PRESETS = ("nvidia-nano", "conservative", "aggressive")
+NEMOTRON_H_PRESETS = ("nvidia-nano", "conservative", "aggressive", "lightning")
 _TARGETS_OF_FAMILY = {
     "nemotron_h": ("attention", "mamba", "routed_experts", "shared_experts", "mlp"),
     "qwen": ("attention", "routed_experts", "shared_experts", "mlp"),
@@ -40,8 +38,10 @@ def cross_faults(recipe: Recipe) -> list[CrossFault]:
     """All faults that need more than one block."""
     return [
         *_arms(recipe),
+        *_own_presets(recipe),
         *_gate(recipe),
         *_adapters(recipe),
+        *_training(recipe),
         *_data(recipe),
         *_sampling(recipe),
         *_serving(recipe),
@@ -56,7 +56,8 @@ def _repeated(values: Sequence[object]) -> Iterator[int]:
 
 
 def _arms(recipe: Recipe) -> Iterator[CrossFault]:
-    arms = recipe.arms
+    arms, own = recipe.arms, recipe.quant.presets
+    known = (*PRESETS, *own)
     for index in _repeated([arm.name for arm in arms]):
         yield CrossFault(("arms", index, "name"), arms[index].name, "two arms have this name")
     for index in _repeated([(arm.kind, arm.preset) for arm in arms]):
@@ -67,14 +68,24 @@ def _arms(recipe: Recipe) -> Iterator[CrossFault]:
             if arm.preset is not None:
                 yield CrossFault(key, arm.preset, f"an arm of kind {arm.kind} is not quantized and takes no preset")
         elif arm.preset is None:
-            yield CrossFault(key, None, f"an arm of kind {arm.kind} needs a preset", EXPORTABLE_PRESETS)
-        elif arm.preset not in PRESETS:
-            yield CrossFault(key, arm.preset, "unknown preset", EXPORTABLE_PRESETS)
-        elif arm.preset not in EXPORTABLE_PRESETS:
-            yield CrossFault(key, arm.preset, "this preset cannot be exported", EXPORTABLE_PRESETS)
-        elif arm.preset in NEMOTRON_H_PRESETS and recipe.base.family != "nemotron_h":
-            problem = f"this preset is for nemotron_h, base.family is {recipe.base.family}"
-            yield CrossFault(key, arm.preset, problem, ("all",))
+            yield CrossFault(key, None, f"an arm of kind {arm.kind} needs a preset", known)
+        elif arm.preset not in known:
+            yield CrossFault(key, arm.preset, "unknown preset", known)
+        elif arm.preset not in own:
+            yield from _family(key, arm.preset, recipe.base.family)
+
+
+def _own_presets(recipe: Recipe) -> Iterator[CrossFault]:
+    for name, block in recipe.quant.presets.items():
+        key: KeyPath = ("quant", "presets", name)
+        if name in PRESETS:
+            yield CrossFault(key, name, "a shipped preset has this name")
+        yield from _family((*key, "like"), block.like, recipe.base.family)
+
+
+def _family(key: KeyPath, preset: str, family: str) -> Iterator[CrossFault]:
+    if preset in NEMOTRON_H_PRESETS and family != "nemotron_h":
+        yield CrossFault(key, preset, f"this preset is for nemotron_h, base.family is {family}", ("all",))
 
 
 def _gate(recipe: Recipe) -> Iterator[CrossFault]:
@@ -101,6 +112,20 @@ def _adapters(recipe: Recipe) -> Iterator[CrossFault]:
         where: KeyPath = ("train", "adapter", "dropout") if own is None else ("train", "distill", "adapter", "dropout")
         problem = "distillation quantizes W + s B A itself, so its adapter cannot have dropout: must be 0"
         yield CrossFault(where, recipe.distill_adapter.dropout, problem)
+
+
+def _training(recipe: Recipe) -> Iterator[CrossFault]:
+    train, distill, replies = recipe.train, recipe.train.distill, recipe.train.distill.replies
+    if train.memory == "nvfp4" and train.trains == "all":
+        yield CrossFault(("train", "memory"), "nvfp4", "a packed base cannot be trained itself: trains must be adapter")
+    if distill.ce_weight > 0 and distill.tokens == "all":
+        problem = "cross entropy would teach the prompts too: tokens must be replies where ce_weight is not 0"
+        yield CrossFault(("train", "distill", "tokens"), "all", problem, ("replies",))
+    for index in _repeated(train.allow):
+        yield CrossFault(("train", "allow", index), train.allow[index], "named twice")
+    if replies is not None and (replies.count is None) == (replies.file is None):
+        key: KeyPath = ("train", "distill", "replies")
+        yield CrossFault(key, replies.count, "the persona's replies need a count or a file, one of the two")
 
 
 def _adapter(key: KeyPath, adapter: AdapterBlock, family: str) -> Iterator[CrossFault]:

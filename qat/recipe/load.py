@@ -224,13 +224,16 @@ def _explain(detail: Any, loc: KeyPath) -> tuple[str, str, list[str]]:
 def _keys_of(loc: KeyPath) -> list[str]:
     """Keys of the block at `loc`, found by walking the schema's annotations."""
     model: type[BaseModel] = Recipe
+    names_follow = False
     for part in loc:
-        if isinstance(part, int):
+        if isinstance(part, int) or names_follow:  # the name of an entry of a mapping is no key of a block
+            names_follow = False
             continue
-        found = _block_in(model.model_fields[part].annotation) if part in model.model_fields else None
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        found = _block_in(annotation)
         if found is None:
             return []
-        model = found
+        model, names_follow = found, typing.get_origin(annotation) is dict
     return list(model.model_fields)
 
 

@@ -11,16 +11,18 @@ import hashlib
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from qat.recipe.checks import EXPORTABLE_PRESETS, PRESETS, cross_faults
+from qat.recipe.checks import PRESETS, cross_faults
 
 Family = Literal["nemotron_h", "qwen", "llama"]
 Target = Literal["attention", "mamba", "routed_experts", "shared_experts", "mlp"]
+Shipped = Literal["nvidia-nano", "conservative", "aggressive", "lightning", "all"]
 Scheduler = Literal["cosine", "linear", "constant_with_warmup"]
 ArmKind = Literal["base", "persona", "ptq", "distilled"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9_]+$", max_length=64)]
+Modules = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -74,6 +76,9 @@ class DataBlock(Block):
     max_length: Annotated[int, Field(ge=32)] = Field(
         default=512, description="Longest conversation in tokens, system prompt included."
     )
+    accept: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="Faults of the audit that do not stop the run: codes, or checks that replies may fail."
+    )
 
 
 class AdapterBlock(Block):
@@ -116,6 +121,24 @@ class PromptsBlock(Block):
         default=1,
         description="Conversations under one system prompt in a row: more reply tokens a forward.",
     )
+    validation: PositiveInt | None = Field(
+        default=None,
+        description="Further ones that choose the step; null: the validation conversations, which may be too few.",
+    )
+
+
+class RepliesBlock(Block):
+    """Replies of the BF16 persona itself to learn on, beside those of the conversations."""
+
+    count: PositiveInt | None = Field(
+        default=None, description="Training conversations whose last reply the persona writes anew; all at most."
+    )
+    file: str | None = Field(
+        default=None, description="Instead of `count`: JSONL of conversations whose replies it wrote on a server."
+    )
+    max_new_tokens: PositiveInt = Field(default=256, description="Longest reply in tokens.")
+    temperature: NonNegative = Field(default=1.0, description="Of the replies' sampling; 0 is greedy.")
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(default=1.0, description="Nucleus.")
 
 
 class DistillBlock(Block):
@@ -131,6 +154,11 @@ class DistillBlock(Block):
     scheduler: Scheduler = Field(default="cosine", description="Course of the learning rate.")
     temperature: Positive = Field(default=1.0, description="Softens teacher and student alike.")
     tokens: Literal["all", "replies"] = Field(default="all", description="Positions whose KL counts.")
+    ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        default=0.0,
+        description="Share of the cross entropy on what the conversations say: 0 distils, 1 is plain "
+        "quantization-aware training, between them the losses are mixed.",
+    )
     eval_every: PositiveInt = Field(
         default=25, description="Optimizer steps between validation KLs; the best one is kept."
     )
@@ -138,17 +166,46 @@ class DistillBlock(Block):
     prompts: PromptsBlock | None = Field(
         default=None, description="What to distil on; null: the training conversations."
     )
-    adapter: AdapterBlock | None = Field(
-        default=None, description="Adapter of the student; null: as `train.adapter`."
-    )
+    replies: RepliesBlock | None = Field(default=None, description="Replies of the persona itself besides; null: none.")
+    adapter: AdapterBlock | None = Field(default=None, description="Adapter of the student; null: as `train.adapter`.")
 
 
 class TrainBlock(Block):
     """Both trainings and the adapter that they share."""
 
+    trains: Literal["adapter", "all"] = Field(
+        default="adapter",
+        description="`adapter`: LoRA factors on a frozen base. `all`: every weight but the router (for small models).",
+    )
+    memory: Literal["bf16", "nvfp4"] = Field(
+        default="bf16",
+        description="How the frozen base is kept: `nvfp4` packs what all presets give four bits, and the persona then "
+        "stands on the packed base; [training](training.md).",
+    )
+    allow: Annotated[tuple[Literal["memory", "thin_mask"], ...], Field(strict=False)] = Field(
+        default=(),
+        description="What would be refused and is wanted all the same: an estimate above the free memory, fewer than "
+        "2 % of the tokens trained on.",
+    )
     adapter: AdapterBlock = Field(default_factory=AdapterBlock)
     sft: SftBlock = Field(default_factory=SftBlock)
     distill: DistillBlock = Field(default_factory=DistillBlock)
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute every layer's tensors again in the backward instead of keeping them: same gradients, "
+        "less memory, one forward more.",
+    )
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _not_nf4(cls, memory: object) -> object:
+        if memory == "nf4":
+            raise PydanticCustomError(
+                "nf4",
+                "bitsandbytes packs linears only and would leave fused experts, 93 % of Nemotron-3-Nano, in BF16; "
+                "`nvfp4` packs them, and into the format that is served",
+            )
+        return memory
 
 
 class CalibrationBlock(Block):
@@ -156,7 +213,22 @@ class CalibrationBlock(Block):
 
     samples: PositiveInt = Field(default=64, description="Conversations, stratified by category and length.")
     batch_size: PositiveInt = Field(default=8, description="Conversations per forward.")
-    algorithm: Literal["max"] = Field(default="max", description="How amax follows from what was seen.")
+    algorithm: Literal["max", "mse", "percentile"] = Field(
+        default="max", description="How amax follows from what was seen; [calibration](calibration.md)."
+    )
+    percentile: Annotated[float, Field(gt=0.0, le=100.0)] = Field(
+        default=99.99, description="Of the activations' magnitudes, in percent; for `algorithm: percentile`."
+    )
+
+
+class PresetBlock(Block):
+    """A precision preset of one's own: a shipped one with some modules stored otherwise."""
+
+    like: Shipped = Field(default="all", description="The shipped preset that holds for all other modules.")
+    bf16: Modules = Field(default=(), description="Modules that stay in BF16.")
+    nvfp4: Modules = Field(default=(), description="Modules with NVFP4 weights and activations.")
+    w4a16: Modules = Field(default=(), description="Modules with NVFP4 weights alone.")
+    fp8: Modules = Field(default=(), description="Modules with FP8 weights and activations; no routed experts.")
 
 
 class QuantBlock(Block):
@@ -165,6 +237,9 @@ class QuantBlock(Block):
     format: Literal["nvfp4"] = Field(default="nvfp4", description="Number format of weights and activations.")
     kv_cache: Literal["bf16", "fp8"] = Field(default="bf16", description="Number format of the KV cache in NVFP4 arms.")
     calibration: CalibrationBlock = Field(default_factory=CalibrationBlock)
+    presets: dict[Name, PresetBlock] = Field(
+        default={}, description="Own precision presets by name, for `arms`; `qat sensitivity` writes them."
+    )
 
 
 class Arm(Block):
@@ -176,8 +251,7 @@ class Arm(Block):
     )
     preset: str | None = Field(
         default=None,
-        description=f"Precision preset of `ptq` and `distilled`: {', '.join(EXPORTABLE_PRESETS)}.",
-        json_schema_extra={"enum": [*PRESETS, None]},
+        description=f"Precision preset of `ptq` and `distilled`: {', '.join(PRESETS)}, or one of `quant.presets`.",
     )
 
 
@@ -238,6 +312,11 @@ class BehaviorBlock(Block):
     concurrency: PositiveInt = Field(default=16, description="Requests under way together.")
     sampling: Annotated[tuple[Sampling, ...], Field(min_length=1, strict=False)] = Field(
         default_factory=lambda: (Sampling(name="greedy"),), description="Passes over the suite."
+    )
+    divergence_cases: Annotated[int, Field(ge=0)] = Field(
+        default=200,
+        description="KL and top-1 agreement with the gate's reference: on its replies to the first n cases; "
+        "0: not at all.",
     )
     gate: GateBlock
 

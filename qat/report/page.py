@@ -33,6 +33,7 @@ class ArmRow(NamedTuple):
     bar: Markup
     rate: str
     n: str
+    errors: int | None
     interval: str
     difference: str
     difference_interval: str
@@ -80,17 +81,9 @@ def write_report(run_dir: Path) -> Path:
 
 def render_page(contents: Contents) -> str:
     """The HTML text; everything from the run is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        # A file of another version may lack a key: that cell stays empty.
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals.update(percent=percent)
     decision = str(contents.verdict.get("verdict", "NO VERDICT"))
-    return environment.get_template("report.html.j2").render(
+    template = environment().get_template("report.html.j2")
+    return template.render(
         run=contents,
         decision=decision,
         sentence=_SENTENCES.get(decision, "The suite has not been judged yet."),
@@ -99,11 +92,25 @@ def render_page(contents: Contents) -> str:
         categories=_category_table(contents),
         comparisons=[_comparison_row(row) for row in contents.verdict.get("comparisons", ())],
         figures=[figure for log in contents.logs for figure in _figures(log)],
-        lengths=_length_chart(contents.audit),
+        lengths=length_chart(contents.audit),
         stages=_stage_rows(contents),
         total=duration(sum(record.get("seconds") or 0.0 for record in contents.stages.values())),
         outputs=_outputs(contents),
     )
+
+
+def environment() -> jinja2.Environment:
+    """The templates' environment: everything is escaped."""
+    made = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        # A file of another version may lack a key: that cell stays empty.
+        undefined=jinja2.ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.globals.update(percent=percent)
+    return made
 
 
 def percent(value: object, digits: int = 1) -> str:
@@ -149,6 +156,7 @@ def _arm_row(contents: Contents, arm: Mapping[str, Any]) -> ArmRow:
     name = arm["name"]
     rate = contents.verdict.get("arms", {}).get(name, {}).get("overall") or {}
     known = rate.get("rate") is not None and rate.get("low") is not None and rate.get("high") is not None
+    errors = contents.verdict.get("arms", {}).get(name, {}).get("errors")
     comparison: Mapping[str, Any] = next(
         (row for row in contents.verdict.get("comparisons", ()) if row.get("arm") == name), {}
     )
@@ -162,6 +170,7 @@ def _arm_row(contents: Contents, arm: Mapping[str, Any]) -> ArmRow:
         bar=charts.rate_bar(rate, contents.gate.get("pass_floor")) if known else Markup(""),
         rate=percent(rate.get("rate")),
         n=str(rate.get("n", MISSING)),
+        errors=errors if isinstance(errors, int) else None,
         interval=f"{100 * rate['low']:.1f} to {100 * rate['high']:.1f}" if known else "",
         difference=points(comparison.get("difference")),
         difference_interval="" if low is None or high is None else f"{points(low)} to {points(high)}",
@@ -197,11 +206,23 @@ def _comparison_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "worse": len(row.get("flips_worse") or ()),
         "better": len(row.get("flips_better") or ()),
         "difference": points(row.get("difference")),
+        "self_flips": _self_flips(row.get("self_flips")),
+        "reference_self_flips": _self_flips(row.get("reference_self_flips")),
         "p_mcnemar": number(row.get("p_mcnemar"), 2),
         "tost_p": number(row.get("tost_p"), 2),
         "margin": points(row.get("margin")).lstrip("+"),
         "equivalent": "too few" if equivalent is None else "yes" if equivalent else "no",
     }
+
+
+def _self_flips(found: Mapping[str, Any] | None) -> tuple[str, str]:
+    """How often an arm disagrees with itself, and the rate with its interval; dashes where it was not asked twice."""
+    if not found:
+        return MISSING, ""
+    count = f"{found.get('flips')} of {found.get('pairs')}"
+    if found.get("rate") is None:
+        return count, str(found.get("reason") or "")
+    return count, f"{percent(found['rate'])}, {100 * found['low']:.1f} to {100 * found['high']:.1f}"
 
 
 def _figures(log: Log) -> list[Figure]:
@@ -220,7 +241,8 @@ def _figures(log: Log) -> list[Figure]:
     return figures
 
 
-def _length_chart(audit: Mapping[str, Any]) -> Markup | None:
+def length_chart(audit: Mapping[str, Any]) -> Markup | None:
+    """The lengths of the audit's rows as a histogram; None where it has none."""
     bins = (audit.get("lengths") or {}).get("histogram")
     return charts.histogram(bins, audit.get("max_length")) if bins else None
 

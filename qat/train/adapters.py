@@ -14,7 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -239,6 +240,8 @@ def _require_same(reached: dict[str, torch.nn.Module], found: dict[str, list[str
 def use_effective_weights_(model: PeftModel) -> None:
     """Let every adapted layer compute with W + s B A rounded once, instead of W x + s B (A x).
 
+    On a GPU experts may stay low-rank while they train (`qat.quant.lora.use_fast_experts_`), never in `eval` mode.
+
     Args:
         model: A PEFT model without LoRA dropout; changed in place. Not needed where quantizers are inserted: they do
             the same.
@@ -248,32 +251,37 @@ def use_effective_weights_(model: PeftModel) -> None:
     """
     from peft.tuners.lora.layer import Linear, ParamWrapper
 
+    from qat.quant.lora import lora_linear, use_fast_experts_
+
     for name, layer in adapted_weights(model).items():
         if isinstance(layer, ParamWrapper):
-            if layer.num_experts == 1:
-                raise ValueError(f"{name}: PEFT folds a single expert in another way")
-            layer.get_delta_factors = partial(_contiguous_factors, layer)
+            layer._activate_lora = partial(_effective_parameter, layer)
         elif isinstance(layer, Linear):
             if layer.lora_dropout[ADAPTER].__class__.__name__ != "Identity":
                 raise ValueError(f"{name}: LoRA dropout cannot be part of an effective weight")
-            layer.forward = partial(_effective_linear, layer)
+            layer.forward = partial(lora_linear, layer)
         else:
             raise ValueError(f"{name}: unknown LoRA layer {type(layer).__name__}")
+    if next(model.parameters()).is_cuda:
+        use_fast_experts_(model)
 
 
-def _effective_linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """Multiply x (..., in) with the effective weight, or the base's where adapters are switched off."""
-    from torch.nn.functional import linear
+@contextmanager
+def _effective_parameter(layer: Any, active_adapters: list[str]) -> Iterator[None]:
+    """For one forward, let the module that holds an adapted parameter see the effective weight in its place.
 
-    from qat.quant.lora import linear_weight
+    An instance attribute comes before a parameter in look-up. PEFT registers a parametrization instead, whose check
+    computes the weight one time more, and which swaps the parameter itself.
+    """
+    from qat.quant.lora import parameter_weight
 
-    return linear(x, linear_weight(layer), layer.base_layer.bias)
-
-
-def _contiguous_factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """PEFT's own factors of a fused parameter, laid out as `effective_weight` does before its `baddbmm`."""
-    lhs, rhs, scale = type(layer).get_delta_factors(layer, adapter)
-    return lhs.contiguous(), rhs.contiguous(), scale
+    weight = parameter_weight(layer)
+    attributes = layer.get_base_layer().__dict__
+    attributes[layer.parameter_name] = weight
+    try:
+        yield
+    finally:
+        del attributes[layer.parameter_name]
 
 
 def save_adapter(model: PeftModel, folder: Path, base_sha256: str, **origin: Any) -> None:
@@ -289,11 +297,13 @@ def save_adapter(model: PeftModel, folder: Path, base_sha256: str, **origin: Any
     from safetensors.torch import save
 
     from qat.storage import write_atomic, write_json
+    from qat.train.parallel import whole
 
     fresh = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    factors = get_peft_model_state_dict(model)
+    state = {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in factors.items()}
     write_atomic(fresh / WEIGHTS, save(state, metadata={"format": "pt"}))
     model.peft_config[ADAPTER].save_pretrained(str(fresh))
     write_json(fresh / SIDECAR, {"base_sha256": base_sha256, "qat_version": __version__, **origin})

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qat.data.render import IGNORED
+from qat.errors import UserError
 from qat.progress import progress_bar
-from qat.train.batches import Batch, Sample, collate, evaluation_order
+from qat.train.batches import Batch, Sample, collate, evaluation_order, target_mask
 from qat.train.objective import hidden_states, output_weight, position_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from pathlib import Path
+
+KEPT_IN_MEMORY = 1 << 30
+"""Bytes of teacher's answers above which they go into a file."""
 
 
 class Reference(NamedTuple):
@@ -74,35 +80,61 @@ class Divergence(NamedTuple):
 
 @torch.no_grad()
 def hidden_of_rows(
-    model: torch.nn.Module, samples: list[Sample], rows: Iterable[int], tokens: str
+    model: torch.nn.Module, samples: list[Sample], rows: Iterable[int], tokens: str, spill: Path | None = None
 ) -> dict[int, Tensor]:
     """The teacher's last hidden states at the target positions of some rows, computed once.
 
     Hidden states and not logits are kept: they are smaller by vocabulary / hidden size (16 times for the tiny base, 49
-    for Nano). The batches depend on the rows alone, so a run that goes on after a kill gets the same bits.
+    for Nano). The batches depend on the rows alone, so a run that goes on after a kill gets the same bits. Above
+    `KEPT_IN_MEMORY` bytes (Nano: 200,000 positions) they lie in a file that is mapped into memory, whose pages the
+    system can drop and read again.
 
     Args:
         model: The teacher.
         samples: All rows.
         rows: Which of them.
         tokens: `replies` or `all`.
+        spill: The file to use where they are many; overwritten. None: memory alone.
 
     Returns:
         Row -> (positions, hidden) on the CPU, in the model's dtype.
+
+    Raises:
+        UserError: The disk has no room for the file.
     """
-    device = output_weight(model).device
+    weight = output_weight(model)
     chosen = sorted(set(rows))
-    kept: dict[int, Tensor] = {}
+    counts = {row: sum(target_mask(samples[row], tokens)) for row in chosen}
+    size = torch.Size((sum(counts.values()), weight.shape[1]))
+    store = _store(size, weight.dtype, spill)
+    kept = dict(zip(chosen, store.split(list(counts.values())), strict=True))
     groups = evaluation_order([len(samples[row].input_ids) for row in chosen])
     with progress_bar("asking the teacher", len(groups)) as bar:
         for done, group in enumerate(groups):
             batch = collate(samples, [chosen[index] for index in group], tokens)
-            targets = batch.targets.to(device)
-            states = hidden_states(model, batch.input_ids.to(device), targets).cpu()
-            counts = (batch.targets != IGNORED).sum(dim=1).tolist()
-            kept |= dict(zip(batch.rows, states.split(counts), strict=True))
+            states = hidden_states(model, batch.input_ids.to(weight.device), batch.targets.to(weight.device)).cpu()
+            for row, answer in zip(batch.rows, states.split([counts[row] for row in batch.rows]), strict=True):
+                kept[row].copy_(answer)
             bar.update(done + 1)
     return kept
+
+
+def _store(size: torch.Size, dtype: torch.dtype, spill: Path | None) -> Tensor:
+    """Room for the answers: in memory, or in a file where they are many."""
+    needed = size.numel() * dtype.itemsize
+    if spill is None or needed <= KEPT_IN_MEMORY:
+        return torch.empty(size, dtype=dtype)
+    spill.parent.mkdir(parents=True, exist_ok=True)
+    spill.unlink(missing_ok=True)
+    free = shutil.disk_usage(spill.parent).free
+    if needed > free:
+        raise UserError(
+            "The disk has no room for the teacher's answers.",
+            where=str(spill),
+            value=f"{needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free",
+            remedy="free some space; fewer steps or rows, or `tokens: replies`, need less",
+        )
+    return torch.from_file(str(spill), shared=True, size=size.numel(), dtype=dtype).view(size)
 
 
 @torch.no_grad()

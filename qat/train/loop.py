@@ -5,9 +5,11 @@ order, validation, the best checkpoint, early stopping, `log.jsonl`, and going o
 are those of an undisturbed run.
 
 Arithmetic: the base's weights are bfloat16 and frozen, factors and optimizer float32, activations bfloat16 without
-    autocast, the
-loss float32: what is served. (Measured on 2 cores with AVX512-BF16, 4 M parameters, 8 x 256 tokens: 0.48 s a step,
-0.53 s in float32.)
+autocast, the loss float32: what is served. (Measured on 2 cores with AVX512-BF16, 4 M parameters, 8 x 256 tokens:
+0.48 s a step, 0.53 s in float32.)
+
+Several processes (`qat.train.parallel`) split every batch, so the global batch, its loss and its gradient are those of
+one process up to rounding. Each validates all held-out rows; the first one's figures count, and it alone writes.
 """
 
 from __future__ import annotations
@@ -18,13 +20,17 @@ import math
 import os
 import resource
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from statistics import median
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from qat.data.render import IGNORED
@@ -32,109 +38,26 @@ from qat.errors import UserError
 from qat.patches.guard import enabled_quantizers, watch
 from qat.progress import Progress, progress_bar
 from qat.storage import storage_fault, write_atomic
-from qat.train import checkpoint
+from qat.train import checkpoint, parallel
+from qat.train.arguments import training_arguments
 from qat.train.batches import Sample, collate
 from qat.train.checkpoint import Checkpoint
+from qat.train.diverged import HISTORY, divergence, exploded, first_fault, largest_gradient
+from qat.train.objective import causal_lm
+from qat.train.plan import LoopResult, Plan
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from qat.recipe.schema import DistillBlock, SftBlock
 
+__all__ = ["Loop", "LoopResult", "Plan"]
+
+T = TypeVar("T")
+
 WATCHED_STEPS = (0, 3)
 """Optimizer steps of a process whose first forward and backward run under the guard: at the first one B is still zero
 and A may have no gradient, and a warm-up begins with a learning rate of zero; three steps later both must be alive."""
-
-
-class Plan(NamedTuple):
-    """How long a training runs and when it looks around.
-
-    Attributes:
-        label: What the progress bar says.
-        order: Batches of row numbers, for the whole training.
-        tokens: Positions whose prediction counts, `replies` or `all`.
-        steps: Optimizer steps.
-        eval_every: Optimizer steps between validations; one comes before the first and one after the last step.
-        patience: Validations without a new best after which training stops; 0 never stops.
-        metric: Key of `validate` whose least value is the best.
-        seed: Of torch's generators.
-        fingerprint: Of all inputs: which checkpoints may be gone on from.
-    """
-
-    label: str
-    order: list[list[int]]
-    tokens: str
-    steps: int
-    eval_every: int
-    patience: int
-    metric: str
-    seed: int
-    fingerprint: str
-
-
-class LoopResult(NamedTuple):
-    """What a training did.
-
-    Attributes:
-        steps: Optimizer steps done in all.
-        best_step: The step whose factors are kept; 0 stands for the untrained factors.
-        best: Its validation metric.
-        first: The validation metric before the first step.
-        stopped_early: Patience ran out.
-        resumed_from: The step that this process went on from, or None.
-        deleted: Checkpoints that were deleted before the start, with the reason.
-        seconds: Time of all processes that worked on it.
-        peak_rss_mb: Peak resident memory of this process, MB.
-        guard: Counts of what the last watched step reached; None where this process watched none.
-    """
-
-    steps: int
-    best_step: int
-    best: float
-    first: float
-    stopped_early: bool
-    resumed_from: int | None
-    deleted: list[str]
-    seconds: float
-    peak_rss_mb: float
-    guard: dict[str, Any] | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields, jsonable."""
-        return self._asdict()
-
-
-def _arguments(block: SftBlock | DistillBlock, plan: Plan, folder: Path) -> TrainingArguments:
-    if torch.cuda.device_count() > 1:
-        raise UserError(
-            "Several GPUs are visible and training uses one.",
-            where="CUDA_VISIBLE_DEVICES",
-            value=torch.cuda.device_count(),
-            remedy="set CUDA_VISIBLE_DEVICES to one of them",
-        )
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=plan.steps,
-        per_device_train_batch_size=block.batch_size,
-        gradient_accumulation_steps=block.gradient_accumulation,
-        learning_rate=block.learning_rate,
-        lr_scheduler_type=block.scheduler,
-        warmup_steps=math.ceil(block.warmup_ratio * plan.steps),
-        weight_decay=block.weight_decay,
-        max_grad_norm=block.max_grad_norm,
-        optim="adamw_torch",
-        seed=plan.seed,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
 
 
 class Loop(Trainer):
@@ -145,7 +68,10 @@ class Loop(Trainer):
         samples: Training rows.
         block: Hyperparameters.
         plan: Length and cadence.
-        out: Folder of the stage: `checkpoints/` and `log.jsonl` come here.
+        out: Folder of the stage: `checkpoints/` and `log.jsonl` come here; of several processes the first's counts.
+
+    Raises:
+        UserError: A batch has fewer rows than there are processes.
     """
 
     def __init__(
@@ -160,8 +86,20 @@ class Loop(Trainer):
         self._first_step = 0
         self._clock, self._spent = time.monotonic(), 0.0
         self._bar: Progress | None = None
-        super().__init__(model=model, args=_arguments(block, plan, self.root), callbacks=[_Cadence(self)])
+        self._batches: list[dict[str, Any]] = []
+        arguments = training_arguments(block, plan.steps, plan.seed, self.root)
+        super().__init__(model=model, args=arguments, callbacks=[_Cadence(self)])
         self.remove_callback(PrinterCallback)
+        parallel.choose_layers(self.accelerator, model)
+        self.rank, self.ranks = self.args.process_index, self.args.world_size
+        if block.batch_size < self.ranks:
+            raise UserError(
+                "A batch has fewer rows than there are processes.",
+                value=f"batch_size {block.batch_size}, {self.ranks} processes",
+                remedy="use fewer GPUs, or larger batches in the recipe",
+            )
+        if plan.gradient_checkpointing:
+            causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
         # `compute_loss` divides by the targets of the whole accumulated batch itself.
         self.loss_is_scaled_for_ga = True
 
@@ -194,15 +132,26 @@ class Loop(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """One long pass: the order of the whole training, so that going on is skipping."""
+        shares = [parallel.share(rows, self.rank, self.ranks) for rows in self.plan.order]
         return DataLoader(
-            range(len(self.samples)),  # type: ignore[arg-type]  # any indexable will do
-            batch_sampler=self.plan.order,
-            collate_fn=lambda rows: collate(self.samples, rows, self.plan.tokens)._asdict(),
+            shares,  # type: ignore[arg-type]  # any indexable will do
+            batch_sampler=[[number] for number in range(len(shares))],
+            collate_fn=self._collate,
         )
 
+    def _collate(self, shares: list[parallel.Share]) -> dict[str, Any]:
+        (own,) = shares
+        return collate(self.samples, own.rows, self.plan.tokens)._asdict() | {"counts": own.counts}
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[dict[str, Any]], Any]:
+        """The batches of the next optimizer step, kept until the step is known to be sound."""
+        batches, count = super().get_batch_samples(*arguments)
+        self._batches = batches
+        return batches, count
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        counts = [(batch["targets"] != IGNORED).sum() for batch in batch_samples]
-        return torch.stack(counts).sum().to(device)
+        counts = [(batch["targets"] != IGNORED).sum() * batch["counts"] for batch in batch_samples]
+        return parallel.summed(torch.stack(counts).sum().to(device))
 
     def compute_loss(
         self, model: PeftModel, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -210,8 +159,18 @@ class Loop(Trainer):
         """Mean over the targets of the accumulated batch, so that accumulation does not weigh short batches more."""
         if return_outputs:
             raise NotImplementedError("validation has a method of its own")
-        loss: Tensor = self.batch_loss(model, inputs) / num_items_in_batch
+        if self.ranks == 1:
+            total = self.batch_loss(model, inputs)
+        else:
+            # DDP and FSDP2 take the mean of the processes' gradients, and Trainer that of their losses.
+            share = parallel.call_inside(model, self.model, lambda: self.batch_loss(self.model, inputs))
+            total = share * inputs["counts"] * self.ranks
+        loss: Tensor = total / num_items_in_batch
         return loss
+
+    def inside(self, function: Callable[[], T]) -> T:
+        """Call a function that runs the model; where its layers are sharded, all processes must."""
+        return parallel.call_inside(self.model, self.model, function) if parallel.is_sharded(self.model) else function()
 
     def training_step(self, model: PeftModel, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A forward and backward; the first ones under the guard, so that every factor and quantizer takes part."""
@@ -220,21 +179,47 @@ class Loop(Trainer):
             for step in WATCHED_STEPS
             if self.state.global_step - self._first_step == step and step not in self._watched
         ]
-        if not due:
+        # FSDP2 hands gradients over with the last of the accumulated batches.
+        if not due or not self.accelerator.sync_gradients:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
             return loss
         self._watched |= set(due)
         with watch(self.model, quantized=self._wanted) as seen:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        seen.require()
-        self._guard = seen.to_json()
+        if parallel.is_sharded(self.model):
+            parallel.count_sharded_gradients(seen, self.model)
+        if inputs["counts"]:
+            seen.require()
+            self._guard = seen.to_json()
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> float:
+        """The norm before clipping, looked at before the optimizer moves anything."""
+        norm = float(parallel.whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
+        self._require_sound(model, norm)
+        return norm
+
+    def _require_sound(self, model: Any, norm: float) -> None:
+        past = [row["grad_norm"] for row in self.state.log_history if "grad_norm" in row]
+        if not math.isfinite(norm):
+            batches = map(self._prepare_inputs, self._batches)
+            passes = [partial(self.compute_loss, model, batch, False, 1) for batch in batches]
+            how, place = f"the gradient norm is {norm}", first_fault(self.model, passes)
+        elif exploded(norm, past, self.args.max_grad_norm):
+            how = f"the gradient norm rose to {norm:.3g}, from a median of {median(past[-HISTORY:]):.3g}"
+            place = largest_gradient(self.model)
+        else:
+            return
+        rows = [self.samples[row].id for batch in self._batches for row in batch["rows"]]
+        kept = f"step {self.state.best_global_step} is the best so far and is kept in {self.root}"
+        raise divergence(f"{self.plan.label} diverged at step {self.state.global_step + 1}", how, place, rows, kept)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate, remember the best, stop when patience runs out."""
         self.model.eval()
         with torch.no_grad():
-            metrics = self.validate()
+            # Last digits may differ between GPUs, and all must decide alike.
+            metrics = parallel.agreed(self.inside(self.validate))
         self.log(dict(metrics))
         value = metrics[self.plan.metric]
         if self.state.best_metric is None or value < self.state.best_metric:
@@ -260,6 +245,14 @@ class Loop(Trainer):
         row = {"step": self.state.global_step, **{names.get(key, key): value for key, value in logs.items()}}
         row["seconds"] = round(self.seconds, 2)
         self.state.log_history.append(row)
+        if self.rank == 0:
+            self._append(row)
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+        if self._bar is not None:
+            key = self.plan.metric if self.plan.metric in logs else "loss"
+            self._bar.update(self.state.global_step, f"{key} {logs[key]:.4f}")
+
+    def _append(self, row: dict[str, Any]) -> None:
         try:
             with (self.out / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -267,24 +260,22 @@ class Loop(Trainer):
                 os.fsync(file.fileno())
         except OSError as error:
             raise storage_fault(error, self.out / "log.jsonl") from error
-        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
-        if self._bar is not None:
-            key = self.plan.metric if self.plan.metric in logs else "loss"
-            self._bar.update(self.state.global_step, f"{key} {logs[key]:.4f}")
 
     # Checkpoints.
 
     def _save_checkpoint(self, model: Any = None, trial: Any = None) -> None:
         content = Checkpoint(
-            self._parameters(),
+            {name: parallel.for_the_first(parameter) for name, parameter in self._parameters().items()},
             self.extra_tensors(),
-            self.optimizer.state_dict(),
+            tree_map_only(Tensor, parallel.for_the_first, self.optimizer.state_dict()),
             self.lr_scheduler.state_dict(),
             checkpoint.random_states(),
         )
-        state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True)
-        checkpoint.write(self.root, self.state.global_step, content, state, self.plan.fingerprint)
-        checkpoint.prune(self.root, keep={self.state.global_step, int(self.state.best_global_step)})
+        if self.rank == 0:
+            state = json.dumps(dataclasses.asdict(self.state), indent=2, sort_keys=True)
+            checkpoint.write(self.root, self.state.global_step, content, state, self.plan.fingerprint)
+            checkpoint.prune(self.root, keep={self.state.global_step, int(self.state.best_global_step)})
+        parallel.barrier()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._set_tensors(checkpoint.read(Path(resume_from_checkpoint)))
@@ -292,12 +283,19 @@ class Loop(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
             content = checkpoint.read(Path(checkpoint_folder))
+            parallel.place_optimizer_state_(content.optimizer, self.optimizer)
             self.optimizer.load_state_dict(content.optimizer)
             self.lr_scheduler.load_state_dict(content.scheduler)
 
     def _load_rng_state(self, checkpoint_folder: str | None) -> None:
         if checkpoint_folder is not None:
             checkpoint.restore_random(checkpoint.read(Path(checkpoint_folder)).random)
+        self._part_generators()
+
+    def _part_generators(self) -> None:
+        """Give every process but the first random numbers of its own, so that dropout masks differ."""
+        if self.rank:
+            torch.manual_seed(self.plan.seed + self.rank + (self.state.global_step << 16))
 
     def _parameters(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
@@ -308,7 +306,7 @@ class Loop(Trainer):
             raise RuntimeError(f"checkpoint of other parameters: {sorted(set(own) ^ set(content.parameters))[:3]}")
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(content.parameters[name])
+                parameter.copy_(parallel.placed_like(content.parameters[name], parameter))
         self.load_extra_tensors(content.extra)
 
     # The run as a whole.
@@ -326,7 +324,8 @@ class Loop(Trainer):
             qat.patches.guard.DeadModules: A factor or quantizer took no part.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        folder, deleted = checkpoint.newest(self.root, self.plan.fingerprint)
+        self.root = parallel.agreed(self.root)
+        folder, deleted = parallel.by_the_first(lambda: checkpoint.newest(self.root, self.plan.fingerprint))
         resumed = self._take_up(folder)
         self._first_step = resumed or 0
         with progress_bar(self.plan.label, self.plan.steps) as self._bar:
@@ -348,6 +347,7 @@ class Loop(Trainer):
             seconds=round(self.seconds, 2),
             peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
             guard=self._guard,
+            processes=self.ranks,
         )
 
     def _take_up(self, folder: Path | None) -> int | None:
@@ -372,6 +372,8 @@ class Loop(Trainer):
 
     def begin(self) -> None:
         """Validate once before the first step and keep that state: it is the best until training beats it."""
+        self._part_generators()
+        parallel.require_sharded(self.model, self._parameters())
         if self.state.best_metric is None:
             self.evaluate()
             self._save_checkpoint()

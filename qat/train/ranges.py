@@ -11,7 +11,8 @@ and export gets the ranges with which the last forward ran.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,12 @@ from qat.quant.lora import linear_weight, parameter_weight
 from qat.quant.modelopt import quantizers
 from qat.quant.names import checkpoint_name, sharing_groups
 from qat.train.adapters import adapted_weights
+from qat.train.objective import causal_lm
+from qat.train.parallel import decoder_layer, whole_layer
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class Growth(NamedTuple):
@@ -38,22 +42,23 @@ class Growth(NamedTuple):
 
 
 class WeightRanges:
-    """The weight ranges of a student's adapted modules.
+    """The weight ranges of what a student trains: its adapted modules, or all where it has no adapter.
 
     Args:
-        model: PEFT model with quantizers, ranges loaded from the calibration.
+        model: With quantizers, ranges loaded from the calibration; PEFT's or plain.
     """
 
-    def __init__(self, model: PeftModel) -> None:
-        from peft.tuners.lora.layer import ParamWrapper
-
-        model_type = str(model.get_base_model().config.model_type)
+    def __init__(self, model: PeftModel | PreTrainedModel) -> None:
+        base = causal_lm(model)
         self._quantizers = {name: pair.weight for name, pair in quantizers(model).items()}
-        self._weights = {
-            name: (parameter_weight if isinstance(layer, ParamWrapper) else linear_weight, layer)
-            for path, layer in adapted_weights(model).items()
-            if (name := checkpoint_name(path, model_type)) in self._quantizers
-        }
+        self._weights: dict[str, tuple[Callable[[Any], Tensor], Any]] = {}
+        # By decoder layer, whose weights are whole only together where several GPUs share them.
+        self._layers: dict[torch.nn.Module, list[str]] = {}
+        for path, weight in _trained_weights(model, base).items():
+            name = checkpoint_name(path, str(base.config.model_type))
+            if name in self._quantizers:
+                self._weights[name] = weight
+                self._layers.setdefault(decoder_layer(base, path), []).append(name)
         self._groups = [
             group for group in sharing_groups(self._quantizers) if any(name in self._weights for name in group)
         ]
@@ -62,11 +67,14 @@ class WeightRanges:
     @torch.no_grad()
     def grow_(self) -> None:
         """Raise every range to its effective weight's, where that is larger."""
-        for name, (effective, layer) in self._weights.items():
-            weight = effective(layer).abs()
-            amax = weight.amax() if weight.dim() == 2 else weight.amax(dim=(1, 2))
-            own = self._quantizers[name]._amax
-            torch.maximum(own, amax.to(own), out=own)
+        for holder, names in self._layers.items():
+            with whole_layer(holder):
+                for name in names:
+                    effective, layer = self._weights[name]
+                    weight = effective(layer).abs()
+                    amax = weight.amax() if weight.dim() == 2 else weight.amax(dim=(1, 2))
+                    own = self._quantizers[name]._amax
+                    torch.maximum(own, amax.to(own), out=own)
         for group in self._groups:
             members = [self._quantizers[name]._amax for name in group]
             largest = torch.stack(members).amax(dim=0)
@@ -87,3 +95,19 @@ class WeightRanges:
         """Compare with the calibrated ranges."""
         ratios = [float((amax / self._calibrated[name]).max()) for name, amax in self.tensors().items()]
         return Growth(sum(ratio > 1 for ratio in ratios), max(ratios))
+
+
+def _trained_weights(
+    model: PeftModel | PreTrainedModel, base: PreTrainedModel
+) -> dict[str, tuple[Callable[[Any], Tensor], Any]]:
+    """Path of a module or fused parameter -> how its weight comes from what is kept for it."""
+    from peft import PeftModel
+    from peft.tuners.lora.layer import ParamWrapper
+
+    if isinstance(model, PeftModel):
+        return {
+            path: (parameter_weight if isinstance(layer, ParamWrapper) else linear_weight, layer)
+            for path, layer in adapted_weights(model).items()
+        }
+    trained = {name: parameter for name, parameter in base.named_parameters() if parameter.requires_grad}
+    return {name.removesuffix(".weight"): (lambda weight: weight, weight) for name, weight in trained.items()}

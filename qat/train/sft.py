@@ -10,28 +10,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from qat import __version__
 from qat.data.render import IGNORED
 from qat.errors import UserError
+from qat.quant.packed import packed_base_sha256
 from qat.receipt import sha256_file
-from qat.train.adapters import (
-    Coverage,
-    adapter_sha256,
-    attach_adapter,
-    save_adapter,
-    use_effective_weights_,
-)
-from qat.train.base import base_sha256, load_base, load_tokenizer
+from qat.train.adapters import Coverage, attach_adapter, save_adapter, use_effective_weights_
+from qat.train.base import base_sha256, load_tokenizer, training_device
 from qat.train.batches import Encoded, Sample, collate, encode_file, evaluation_order, training_order
+from qat.train.before import packed_by, require_fits, require_trained_share
+from qat.train.full import MODEL_FOLDER, MasterWeights, save_model, train_all_
 from qat.train.loop import Loop, LoopResult, Plan
 from qat.train.objective import cross_entropy_sum, hidden_states, output_weight
+from qat.train.persona import load_weights, persona_sha256
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-    from qat.recipe.schema import Recipe, SftBlock
+    from qat.recipe.schema import AdapterBlock, Recipe, SftBlock
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,11 @@ class SftReport:
     """What fine-tuning did.
 
     Attributes:
-        base_sha256: Of the base's weights.
-        adapter_sha256: Of the adapter's weights.
-        coverage: What the adapter reaches.
+        base_sha256: Of the base's weights, with what is packed of them.
+        adapter_sha256: Of the adapter's weights, or of the model's where all weights were trained.
+        packed: Modules of the base that were kept in NVFP4.
+        memory: Estimated peak in GiB by part.
+        coverage: What is trained.
         train: The training rows.
         validation: The held-out rows.
         loop: Steps, validation losses (nats per supervised token), time and memory.
@@ -68,6 +69,8 @@ class SftReport:
 
     base_sha256: str
     adapter_sha256: str
+    packed: int
+    memory: dict[str, float]
     coverage: Coverage
     train: RowCounts
     validation: RowCounts
@@ -78,6 +81,8 @@ class SftReport:
         return {
             "base_sha256": self.base_sha256,
             "adapter_sha256": self.adapter_sha256,
+            "packed": self.packed,
+            "memory": self.memory,
             "coverage": self.coverage.to_json(),
             "train": asdict(self.train),
             "validation": asdict(self.validation),
@@ -85,11 +90,17 @@ class SftReport:
         }
 
 
-class SftLoop(Loop):
+class SftLoop(MasterWeights, Loop):
     """Cross entropy of the assistant's tokens."""
 
     def __init__(
-        self, model: PeftModel, samples: list[Sample], held_out: list[Sample], block: SftBlock, plan: Plan, out: Path
+        self,
+        model: PeftModel | PreTrainedModel,
+        samples: list[Sample],
+        held_out: list[Sample],
+        block: SftBlock,
+        plan: Plan,
+        out: Path,
     ) -> None:
         self._held_out = held_out
         self._weight = output_weight(model)
@@ -154,25 +165,33 @@ def train_sft(recipe: Recipe, base: Path, train_file: Path, validation_file: Pat
         base: Folder of the base checkpoint.
         train_file: Conversations, JSONL.
         validation_file: Held-out conversations, JSONL.
-        out: Folder of the stage: `adapter/`, `log.jsonl`, and `checkpoints/` with the newest and the best one.
+        out: Folder of the stage: `adapter/` (`model/` where all weights are trained), `log.jsonl`, and `checkpoints/`
+            with the newest and the best one.
 
     Returns:
-        What was done; the adapter of the step with the least validation loss is in `out/adapter`.
+        What was done; the step with the least validation loss is kept.
 
     Raises:
-        UserError: A file or target does not fit, training diverges, or it never beats the base.
+        UserError: A file or target does not fit, memory is too small, next to nothing would be trained on, training
+            diverges, or it never beats the base.
     """
-    block = recipe.train.sft
-    sha256 = base_sha256(base)
+    packed = packed_by(recipe, base)
+    memory = require_fits(recipe, base, "sft", packed, [])
+    sha256 = packed_base_sha256(base_sha256(base), packed)
     tokenizer = load_tokenizer(recipe.base, base)
     train = encode_file(train_file, tokenizer, recipe.data.max_length)
     held_out = encode_file(validation_file, tokenizer, recipe.data.max_length)
+    require_trained_share(recipe, count_rows(train), train_file)
     facts = {"base": sha256, "template": tokenizer.chat_template}
     plan = _plan(recipe, train.samples, facts, [train_file, validation_file])
-    model, coverage = attach_adapter(load_base(base), recipe.train.adapter, recipe.base.family, recipe.seed)
-    if not recipe.train.adapter.dropout:
+    model, coverage = make_trainable(recipe, load_weights(base, packed), recipe.train.adapter, ends=True)
+    if isinstance(model, PeftModel) and not recipe.train.adapter.dropout:
         use_effective_weights_(model)
-    result = SftLoop(model, train.samples, held_out.samples, block, plan, out).run()
+    if training_device().type == "cuda":
+        from qat.quant.lora import use_fast_experts_
+
+        use_fast_experts_(model)
+    result = SftLoop(model, train.samples, held_out.samples, recipe.train.sft, plan, out).run()
     if result.best_step == 0:
         raise UserError(
             "Fine-tuning never came below the base's validation loss.",
@@ -180,8 +199,38 @@ def train_sft(recipe: Recipe, base: Path, train_file: Path, validation_file: Pat
             value=f"{result.first:.4f} before, nothing lower in {result.steps} steps",
             remedy="lower train.sft.learning_rate, or look at the data",
         )
-    save_adapter(model, out / "adapter", sha256, step=result.best_step)
-    return SftReport(sha256, adapter_sha256(out / "adapter"), coverage, count_rows(train), count_rows(held_out), result)
+    if isinstance(model, PeftModel):
+        trained = out / "adapter"
+        save_adapter(model, trained, sha256, step=result.best_step, **({"packed": packed} if packed else {}))
+    else:
+        trained = out / MODEL_FOLDER
+        save_model(model, base, trained, base_sha256=sha256, step=result.best_step)
+    return SftReport(
+        base_sha256=sha256,
+        adapter_sha256=persona_sha256(trained),
+        packed=len(packed),
+        memory=memory,
+        coverage=coverage,
+        train=count_rows(train),
+        validation=count_rows(held_out),
+        loop=result,
+    )
+
+
+def make_trainable(
+    recipe: Recipe, model: PreTrainedModel, adapter: AdapterBlock, *, ends: bool
+) -> tuple[PeftModel | PreTrainedModel, Coverage]:
+    """Put an adapter on a model, or let all its weights be trained, as the recipe says.
+
+    Args:
+        recipe: `train.trains`, family, seed.
+        model: Frozen.
+        adapter: Of this stage.
+        ends: Whether embeddings and output layer may be trained.
+    """
+    if recipe.train.trains == "all":
+        return model, train_all_(model, ends=ends)
+    return attach_adapter(model, adapter, recipe.base.family, recipe.seed)
 
 
 def _plan(recipe: Recipe, samples: list[Sample], facts: dict[str, Any], files: list[Path]) -> Plan:
@@ -193,6 +242,7 @@ def _plan(recipe: Recipe, samples: list[Sample], facts: dict[str, Any], files: l
         **facts,
         "sft": block.model_dump(),
         "adapter": recipe.train.adapter.model_dump(),
+        "trains": recipe.train.trains,
         "family": recipe.base.family,
         "max_length": recipe.data.max_length,
         "seed": recipe.seed,
@@ -207,4 +257,5 @@ def _plan(recipe: Recipe, samples: list[Sample], facts: dict[str, Any], files: l
         metric="eval_loss",
         seed=recipe.seed,
         fingerprint=fingerprint("sft", settings, files),
+        gradient_checkpointing=recipe.train.gradient_checkpointing,
     )

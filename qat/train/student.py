@@ -40,7 +40,7 @@ def quantize_(model: torch.nn.Module, base: Path, state: QuantState) -> Inserted
         UserError: Preset or ranges do not fit the model.
     """
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
-    inserted = insert_quantizers(model, state.preset, config)
+    inserted = insert_quantizers(model, state.precision(), config)
     load_state_into(model, state)
     model.to(training_device()).eval()
     return inserted

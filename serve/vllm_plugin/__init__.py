@@ -4,15 +4,16 @@ vLLM 0.32 loads it through the entry point group `vllm.general_plugins` (name `q
 every one of its processes. Only tables and functions in memory are touched, no file of vLLM is edited; calling
 `register` again changes nothing. On any platform but CPU it does nothing at all.
 
-Four places, the smallest set that lets Nemotron-H run:
+Five places, the smallest set that lets Nemotron-H run:
 
 1. `_POSSIBLE_NVFP4_KERNELS[CPU]`: vLLM's own table of NVFP4 linear kernels gets the one of `linear.py`.
 2. `FusedMoEConfig.__post_init__` ends with a platform check that refuses experts without a gate projection on CPU.
    It is the last statement, so everything is set when it raises; that one refusal is dropped.
 3. and 4. `backend_to_kernel_cls` of the unquantized and of the NVFP4 oracle: the classes of `experts.py` join the
    candidates. vLLM's selection loop (`is_supported_config`) still decides.
+5. `init_nvfp4_linear_kernel`: for weights alone (W4A16) it insists on a kernel for GPUs; on CPU it gives ours.
 
-Points 2 to 4 lean on internals: the engine's lock file pins the vLLM version and `register` refuses another one.
+Points 2 to 5 lean on internals: the engine's lock file pins the vLLM version and `register` refuses another one.
 
 This package must import with what vLLM itself has installed: no ModelOpt, no PEFT, no TRL.
 """
@@ -20,6 +21,7 @@ This package must import with what vLLM itself has installed: no ModelOpt, no PE
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -66,9 +68,21 @@ def _register_linear() -> None:
     import vllm.model_executor.kernels.linear as kernels
     from vllm.platforms.interface import PlatformEnum
 
-    from qat.serve.vllm_plugin.linear import Nvfp4CpuLinear
+    from qat.serve.vllm_plugin.linear import Nvfp4CpuLinear, Nvfp4WeightOnlyCpuLinear
 
     kernels._POSSIBLE_NVFP4_KERNELS[PlatformEnum.CPU] = [Nvfp4CpuLinear]
+    original = kernels.init_nvfp4_linear_kernel
+    if getattr(original, _MARK, False):
+        return
+
+    def init_nvfp4_linear_kernel(use_a16: bool = False) -> Any:
+        return Nvfp4WeightOnlyCpuLinear(kernels.NvFp4LinearLayerConfig()) if use_a16 else original(use_a16)
+
+    setattr(init_nvfp4_linear_kernel, _MARK, True)
+    kernels.init_nvfp4_linear_kernel = init_nvfp4_linear_kernel
+    modelopt: Any = sys.modules.get("vllm.model_executor.layers.quantization.modelopt")
+    if modelopt is not None:  # it has taken the function over by name
+        modelopt.init_nvfp4_linear_kernel = init_nvfp4_linear_kernel
 
 
 def _allow_experts_without_gate() -> None:
@@ -93,7 +107,7 @@ def _register_experts() -> None:
     import vllm.model_executor.layers.fused_moe.oracle.nvfp4 as nvfp4
     import vllm.model_executor.layers.fused_moe.oracle.unquantized as unquantized
 
-    from qat.serve.vllm_plugin.experts import Bf16CpuExperts, Nvfp4CpuExperts
+    from qat.serve.vllm_plugin.experts import Bf16CpuExperts, Nvfp4CpuExperts, Nvfp4WeightOnlyCpuExperts
 
     def with_plain(backend: Any, original: Callable[[Any], list[type]]) -> list[type]:
         # Behind vLLM's own classes: where one of them can do the job, it keeps it.
@@ -102,7 +116,8 @@ def _register_experts() -> None:
 
     def with_nvfp4(backend: Any, original: Callable[[Any], list[type]]) -> list[type]:
         del original  # every NVFP4 expert class that vLLM ships needs a GPU; importing some of them fails on CPU
-        return [Nvfp4CpuExperts] if backend == nvfp4.NvFp4MoeBackend.EMULATION else []
+        own: list[type] = [Nvfp4CpuExperts, Nvfp4WeightOnlyCpuExperts]
+        return own if backend == nvfp4.NvFp4MoeBackend.EMULATION else []
 
     _wrap_candidates(unquantized, with_plain)
     _wrap_candidates(nvfp4, with_nvfp4)

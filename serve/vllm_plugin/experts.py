@@ -177,7 +177,7 @@ class Nvfp4CpuExperts(Bf16CpuExperts):
     """Experts of a ModelOpt NVFP4 checkpoint: unpacked once at load, both inputs fake-quantized."""
 
     @property
-    def quant_dtype(self) -> str:
+    def quant_dtype(self) -> str | None:
         """What the inputs are quantized to."""
         return "nvfp4"
 
@@ -203,3 +203,22 @@ class Nvfp4CpuExperts(Bf16CpuExperts):
 
     def _quantize_down_input(self, rows: Tensor) -> Tensor:
         return fake_quant_activation(rows, self.quant_config.a2_gscale.reshape(()).float())
+
+
+class Nvfp4WeightOnlyCpuExperts(Nvfp4CpuExperts):
+    """Experts with NVFP4 weights and activations left alone (W4A16)."""
+
+    @property
+    def quant_dtype(self) -> None:
+        """Inputs are not quantized."""
+        return None
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return (weight_key, activation_key) == (kNvfp4Static, None)
+
+    def _quantize_up_input(self, rows: Tensor) -> Tensor:
+        return rows
+
+    def _quantize_down_input(self, rows: Tensor) -> Tensor:
+        return rows

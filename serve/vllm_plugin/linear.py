@@ -33,3 +33,11 @@ class Nvfp4CpuLinear(EmulationNvFp4LinearKernel):
         """Return `fake_quant(x) @ weight.T + bias` for x of shape (..., in)."""
         values = fake_quant_activation(x.reshape(-1, x.shape[-1]), layer.input_global_scale_inv)
         return F.linear(values, layer.weight, bias).reshape(*x.shape[:-1], layer.weight.shape[0])
+
+
+class Nvfp4WeightOnlyCpuLinear(Nvfp4CpuLinear):
+    """NVFP4 weights with activations left alone (W4A16)."""
+
+    def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return `x @ weight.T + bias` for x of shape (..., in)."""
+        return F.linear(x, layer.weight, bias)

@@ -58,8 +58,8 @@ def save_base(folder: Path) -> Path:
     return folder
 
 
-def export_nvfp4(base: Path, out: Path, kv_cache: str = "bf16") -> Path:
-    """Calibrate on random tokens, export with every linear quantized; `<out>.safetensors` gets the originals."""
+def export_nvfp4(base: Path, out: Path, kv_cache: str = "bf16", preset: str = "all") -> Path:
+    """Calibrate on random tokens and export; `<out>.originals.safetensors` gets the weights as they were."""
     from transformers import AutoModelForCausalLM
 
     from qat.quant import modelopt
@@ -68,7 +68,7 @@ def export_nvfp4(base: Path, out: Path, kv_cache: str = "bf16") -> Path:
 
     config = json.loads((base / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    inserted = modelopt.insert_quantizers(model, "all", config)
+    inserted = modelopt.insert_quantizers(model, preset, config)
     modelopt.calibrate(model, lambda network: network(tiny_models.token_ids(4, 64)))
     state = modelopt.collect_state(model, inserted, kv_cache=kv_cache, base_sha256=base_sha256(base))
     state_file = out.with_suffix(".quant_state.safetensors")
@@ -82,6 +82,7 @@ def export_nvfp4(base: Path, out: Path, kv_cache: str = "bf16") -> Path:
         weight = plain.get_parameter(path if ".mixer.experts." in name else f"{path}.weight")
         originals[f"{name}.weight"] = weight.detach().contiguous()
         originals[f"{name}.weight_amax"] = ranges.weight_amax
-        originals[f"{name}.input_amax"] = ranges.input_amax
+        if ranges.input_amax is not None:
+            originals[f"{name}.input_amax"] = ranges.input_amax
     save_file(originals, out.with_suffix(".originals.safetensors"))
     return out

@@ -132,3 +132,26 @@ def runs(pid: int) -> bool:
     """Whether a process exists and is no zombie."""
     done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return bool(done.stdout.strip()) and not done.stdout.startswith("Z")
+
+
+def test_many_seeded_requests_at_once(base: Path, tmp_path: Path) -> None:
+    """Together their prompts exceed a step's tokens: prefilled in pieces, a seeded one would end the engine."""
+    tight = BLOCK.model_copy(update={"extra_args": ("--max-num-batched-tokens", str(BLOCK.max_model_len))})
+
+    def seeded(number: int) -> str:
+        body = {
+            "model": endpoint.model,
+            "messages": [{"role": "user", "content": "x" * (100 + 9 * number)}],
+            "max_tokens": 4,
+            "temperature": 0.7,
+            "seed": number,
+            "ignore_eos": True,
+        }
+        answer = httpx.post(f"{endpoint.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["finish_reason"])
+
+    with serve_checkpoint(base, tight, tmp_path / "vllm.log") as endpoint:
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:
+            assert list(pool.map(seeded, range(48))) == ["length"] * 48
+        assert "does not use offset" not in (tmp_path / "vllm.log").read_text()

@@ -133,21 +133,50 @@ def _letters(text: str) -> Counter[str]:
 
 
 def _by_words(text: str, expected: str, known: dict[str, frozenset[str]]) -> str | None:
-    words = [word.replace("’", "'") for word in _TOKEN.findall(text.casefold())]
+    words = _words(text)
     if len(words) < _TELLING_FROM:
         return None
-    weight = {code: 2.0 * any(mark in text for mark in _TELLING.get(code, "")) for code in known}
-    for word in words:
-        # "a", "la", "in" are words of several languages: each gets its part.
-        owners = [code for code, common in known.items() if word in common]
-        for code in owners:
-            weight[code] += 1 / len(owners)
+    weight = _weights(text, words, known)
     best = max(weight, key=lambda code: weight[code])
     if weight[best] > weight[expected] + _LEAD:
         return f"{best}, not {expected}"
     if len(words) >= _SILENT_FROM and weight[expected] == 0:
         return f"none of the commonest words of {expected}"
     return None
+
+
+def _words(text: str) -> list[str]:
+    return [word.replace("’", "'") for word in _TOKEN.findall(text.casefold())]
+
+
+def _weights(text: str, words: list[str], known: dict[str, frozenset[str]]) -> dict[str, float]:
+    weight = {code: 2.0 * any(mark in text for mark in _TELLING.get(code, "")) for code in known}
+    for word in words:
+        # "a", "la", "in" are words of several languages: each gets its part.
+        owners = [code for code, common in known.items() if word in common]
+        for code in owners:
+            weight[code] += 1 / len(owners)
+    return weight
+
+
+def likely_language(text: str) -> str | None:
+    """The language that most of the text is in, of those in `LANGUAGES`; None where it says too little.
+
+    Languages that share a script are told apart by their commonest words, so a name or a title is in none.
+    """
+    letters = _letters(text)
+    if not letters:
+        return None
+    script = letters.most_common(1)[0][0]
+    if script in ("Han", "Hiragana", "Katakana"):
+        return "ja" if letters["Hiragana"] + letters["Katakana"] else "zh"
+    if script not in _COMMON_WORDS:
+        return next(code for code, own in _OWN_SCRIPT.items() if own == script)
+    words = _words(text)
+    weight = _weights(text, words, _COMMON_WORDS[script])
+    ranked = sorted(weight, key=lambda code: -weight[code])
+    told = len(words) >= _TELLING_FROM and weight[ranked[0]] > weight[ranked[1]]
+    return ranked[0] if told else None
 
 
 def capitalises_nouns(text: str) -> bool:

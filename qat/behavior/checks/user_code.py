@@ -52,7 +52,7 @@ class Python(Params):
         if not _ALLOWED.get():
             raise ValueError(
                 f"{self.function} is code of whoever wrote the suite, and this command was not told to run it; "
-                "read it, then allow it with the command's flag"
+                "read it, then allow it with --allow-python (pytest: --qat-allow-python)"
             )
         _load(self.function)
         return self

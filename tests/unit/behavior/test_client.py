@@ -148,6 +148,28 @@ def test_a_stream_is_put_together_and_timed() -> None:
     assert (bodies[0]["stream"], bodies[0]["stream_options"], bodies[0]["seed"]) == (True, {"include_usage": True}, 5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_token_ids_are_asked_for_and_kept(stream: bool) -> None:
+    pieces = [
+        chunk(b'data: {"choices": [{"delta": {"content": "a"}, "token_ids": [5, 9]}]}\n\n'),
+        chunk(b'data: {"choices": [{"delta": {"content": "b"}, "token_ids": [2], "finish_reason": "stop"}]}\n\n'),
+    ]
+    body = {"choices": [{"message": {"content": "ab"}, "finish_reason": "stop", "token_ids": [5, 9, 2]}]}
+    sent = [STREAM_HEAD, *pieces, STREAM_END] if stream else [whole(json.dumps(body).encode())]
+
+    async def ask(url: str) -> AnsweredBy:
+        async with ChatClient(url, "m", 32, 1, stream, token_ids=True) as asked:
+            return await asked.chat([{"role": "user", "content": "hi"}], [], 0.0, 1.0, 5)
+
+    with sending(lambda body, n: sent) as (url, bodies):
+        answer = asyncio.run(ask(url))
+        assert bodies[0]["return_token_ids"] is True
+        chat(url, stream)
+    assert "return_token_ids" not in bodies[1], "other servers may refuse it"
+    expected = {"role": "assistant", "content": "ab", "finish_reason": "stop", "token_ids": [5, 9, 2]}
+    assert answer.message == expected
+
+
 def test_events_torn_anywhere_read_the_same() -> None:
     text = b"".join(
         b"data: " + json.dumps({"choices": [{"delta": {"content": piece}}]}, ensure_ascii=False).encode() + b"\r\n\r\n"

@@ -132,3 +132,14 @@ def test_without_a_suite_nothing_changes(suite: Path) -> None:
 def test_entry_point_names_the_plugin() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["pytest11"] == {"qat": "qat.behavior.pytest_plugin"}
+
+
+def test_code_of_the_suite_runs_only_where_it_is_allowed(tmp_path: Path) -> None:
+    (tmp_path / "plugin_rules.py").write_text("def polite(reply):\n    return 'rude' not in reply.final\n")
+    path = write_suite(tmp_path, [case(0, checks=[{"check": "python", "function": "plugin_rules:polite"}])])
+    with serving(answer) as stub:
+        command = ["--qat-suite", str(path), "--qat-url", stub.url, "--qat-model", "m"]
+        refused = run(tmp_path, *command)
+        allowed = run(tmp_path, *command, "--qat-allow-python")
+    assert refused.returncode == 4 and "--qat-allow-python" in refused.stderr
+    assert allowed.returncode == 0 and "1 passed" in allowed.stdout

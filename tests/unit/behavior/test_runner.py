@@ -263,9 +263,7 @@ def test_what_is_reported_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert all(reported <= there for reported, there in seen)
 
 
-def test_errors_and_answers_that_alternate_do_not_stop_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_errors_and_answers_that_alternate_do_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "MAX_ERRORS_IN_A_ROW", 3)
 
     def shaky(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:

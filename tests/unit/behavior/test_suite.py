@@ -208,4 +208,5 @@ def test_an_unknown_suite_names_the_nearest() -> None:
 
 
 def test_shipped_suites_are_these() -> None:
-    assert sorted(p.stem for p in SUITE_FOLDER.glob("*.yaml")) == ["annie_core", "annie_tiny", "annie_tiny_full"]
+    names = ["annie_core", "annie_tiny", "annie_tiny_full", "clerk_core"]
+    assert sorted(p.stem for p in SUITE_FOLDER.glob("*.yaml")) == names

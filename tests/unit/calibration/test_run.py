@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from qat.quant.state import QuantState
 from qat.recipe.schema import AdapterBlock
 from qat.train.adapters import attach_adapter, save_adapter
 from qat.train.base import base_sha256, load_base, load_tokenizer
-from qat.train.batches import encode_file
+from qat.train.batches import Sample, encode_file
 from qat.train.persona import load_persona
 from tests.unit.train import world
 
@@ -113,6 +114,44 @@ def test_the_same_bytes_every_time(given: Given, tmp_path: Path) -> None:
     assert not any("q_proj" in name for name in state.modules)
 
 
+def test_the_algorithm_of_the_recipe(given: Given, tmp_path: Path) -> None:
+    """`mse` reads everything twice and counts it once; its ranges are its own."""
+    reports = {}
+    for name in ("max", "mse"):
+        changed = given.recipe.quant.calibration.model_copy(update={"algorithm": name})
+        recipe = given.recipe.model_copy(
+            update={"quant": given.recipe.quant.model_copy(update={"calibration": changed})}
+        )
+        reports[name] = calibrate(recipe, "all", given.base, given.adapter, given.train, tmp_path / name)
+    one, two = reports.values()
+    assert (one.algorithm, two.algorithm) == ("max", "mse")
+    assert one.experts == two.experts and one.tokens == two.tokens and one.formats == {"nvfp4": 14}
+    assert (one.remedy is None) == (not one.starved) and one.to_json()["remedy"] == one.remedy
+    states = [QuantState.load(tmp_path / name / "quant_state.safetensors").modules for name in reports]
+    assert any(not torch.equal(state.input_amax, states[1][name].input_amax) for name, state in states[0].items())  # type: ignore[arg-type]
+
+
 def test_an_unknown_preset(given: Given, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="preset"):
         calibrate(given.recipe, "everything", given.base, given.adapter, given.train, tmp_path)
+
+
+def test_the_forward_loop_keeps_nothing() -> None:
+    """Before a batch goes in, what the one before gave is gone: memory does not grow with the conversations."""
+    from qat.calibration.run import _read
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+    shapes: list[tuple[int, ...]] = []
+
+    class Network(torch.nn.Linear):
+        def base_model(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            assert not use_cache and not torch.is_grad_enabled() and not self.training
+            assert [reference() for reference in alive] == [None] * len(alive)
+            output = torch.ones(*input_ids.shape, 4)
+            alive.append(weakref.ref(output))
+            shapes.append(tuple(input_ids.shape))
+            return output
+
+    samples = [Sample(str(row), "x", [1] * length, [1] * length) for row, length in enumerate([3, 5, 5])]
+    _read(Network(2, 2).train(), samples, [[1, 2], [0]], "test")
+    assert shapes == [(2, 5), (1, 3)]

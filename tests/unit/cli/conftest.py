@@ -46,6 +46,10 @@ class FakeStages:
             if line.startswith(start):
                 happen()
 
+    def audit(self) -> Report:
+        found = [{"severity": "fault", "code": "x", "message": fault, "examples": []} for fault in self.audit_faults]
+        return Report(faults=self.audit_faults, findings=found)
+
     def train_sft(self, recipe: Any, base: Path, train: Path, held_out: Path, out: Path) -> Report:
         self.note("sft", train.name, held_out.name)
         (out / "adapter").mkdir(parents=True)
@@ -70,11 +74,15 @@ class FakeStages:
         self.note("divergence", *arms)
         return {name: Report(kl=0.5 if second[0] is None else 0.125, top1=0.75) for name, second in arms.items()}
 
-    def export_checkpoint(self, base: Path, out: Path, *, adapters: Any, quant_state: Any, progress: Any) -> Report:
+    def export_checkpoint(
+        self, base: Path, out: Path, *, adapters: Any, quant_state: Any, chat_template: Path | None, progress: Any
+    ) -> Report:
         inputs = [path.parent.name for path in adapters]
         self.note("export", out.name, inputs, quant_state and "/".join(quant_state.parts[-3:-1]))
         out.mkdir(parents=True)
         (out / "config.json").write_text("{}")
+        if chat_template is not None:
+            (out / "chat_template.jinja").write_bytes(chat_template.read_bytes())
         return Report(packed=1)
 
     @contextmanager
@@ -83,8 +91,10 @@ class FakeStages:
         yield SimpleNamespace(url="http://127.0.0.1:1", model=checkpoint.name, pid=1)
         self.calls.append("stop")
 
-    def run_suite(self, suite: Any, url: str, model: str, arm: str, block: Any, out: Path) -> Report:
-        self.note("suite", arm)
+    def run_suite(
+        self, suite: Any, url: str, model: str, arm: str, block: Any, out: Path, *, token_ids: bool
+    ) -> Report:
+        self.note("suite", arm, *(["with token ids"] if token_ids else []))
         share = self.passing.get(arm, 1.0)
         lines = []
         for index, case in enumerate(suite.cases):
@@ -97,6 +107,14 @@ class FakeStages:
             })  # fmt: skip
         out.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return Report(asked=len(lines))
+
+    def diverge(self, suite: Any, reference: Path, out: Path, url: str, model: str, block: Any) -> Report:
+        self.note("diverge", out.stem, "from", reference.stem)
+        if reference == out:
+            out.with_suffix(".distributions.jsonl").write_text("{}\n")
+        found = {"reference": reference.stem, "kl": 0.5, "top1": 0.875}
+        out.with_suffix(".divergence.json").write_text(json.dumps(found))
+        return Report(**found)
 
     def write_report(self, folder: Path) -> Path:
         self.note("report")
@@ -120,13 +138,15 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
         "qat.export": {"export_checkpoint": fake.export_checkpoint},
         "qat.serve.launch": {"serve_checkpoint": fake.serve_checkpoint},
         "qat.behavior.runner": {"run_suite": fake.run_suite},
+        "qat.behavior.scoring": {"diverge": fake.diverge},
         "qat.report": {"write_report": fake.write_report},
-        "qat.data.audit": {"audit": lambda *arguments: Report(faults=fake.audit_faults)},
     }
     for name, contents in modules.items():
         module = ModuleType(name)
         vars(module).update(contents)
         monkeypatch.setitem(sys.modules, name, module)
+    for name in ("audit", "audit_source"):
+        monkeypatch.setattr(f"qat.data.audit.{name}", lambda *arguments, **options: fake.audit())
     from qat.data import generate
 
     make = generate.conversations

@@ -29,8 +29,13 @@ EXPORT = [
     "export nvfp4_all_qad ['sft', 'all'] distill/all",
 ]
 ARMS = ["base", "bf16", "nvfp4_all_ptq", "nvfp4_all_qad"]
-FOLDERS = ["tiny_base", *ARMS[1:]]
-TEST = [line for arm, folder in zip(ARMS, FOLDERS, strict=True) for line in (f"serve {folder}", f"suite {arm}", "stop")]
+TESTED = ["bf16", "base", *ARMS[2:]]  # the reference first
+TEST = [
+    *("serve bf16", "suite bf16 with token ids", "diverge bf16 from bf16", "stop"),
+    *("serve tiny_base", "suite base", "stop"),
+    *("serve nvfp4_all_ptq", "suite nvfp4_all_ptq", "diverge nvfp4_all_ptq from bf16", "stop"),
+    *("serve nvfp4_all_qad", "suite nvfp4_all_qad", "diverge nvfp4_all_qad from bf16", "stop"),
+]
 RUN = Path("runs/annie_tiny")
 
 
@@ -49,12 +54,13 @@ def test_run_does_everything_in_order_once(stages: FakeStages, capsys: pytest.Ca
     assert set(status().values()) == {"done"}
     assert list(status()) == [
         "data", "sft", "calibrate/all", "distill/all", "divergence", *(f"export/{arm}" for arm in ARMS[1:]),
-        *(f"behavior/{arm}" for arm in ARMS), "gate", "report",
+        *(f"behavior/{arm}" for arm in TESTED), "gate", "report",
     ]  # fmt: skip
     printed = capsys.readouterr().out
     assert "verdict: PASS" in printed
     row = next(line for line in printed.splitlines() if line.startswith("nvfp4_all_qad"))
     assert "100.0 % (120/120)" in row and "0.1250" in row and "0.750" in row
+    assert "KL, suite" in printed and "0.5000" in row and "0.875" in row
     base = next(line for line in printed.splitlines() if line.startswith("base"))
     assert "10.0 % (12/120)" in base and "-90.0" in base
     before = verdict_files()
@@ -95,7 +101,7 @@ def test_changed_recipe_reruns_what_depends_on_it(stages: FakeStages, capsys: py
     assert main(["run", "--recipe", "annie_tiny"]) == 0
     stages.calls.clear()
     assert main(["run", "--recipe", "annie_tiny", "--set", "train.distill.max_steps=5"]) == 0
-    qad = [TRAIN[2], TRAIN[3], EXPORT[2], "serve nvfp4_all_qad", "suite nvfp4_all_qad", "stop", "report"]
+    qad = [TRAIN[2], TRAIN[3], EXPORT[2], *TEST[-4:], "report"]
     assert stages.calls == qad
     assert "train.distill.max_steps (60 -> 5)" in capsys.readouterr().err
     capsys.readouterr()
@@ -235,3 +241,13 @@ def test_chat_template_of_the_recipe_reaches_the_server(stages: FakeStages) -> N
     Path("t.jinja").write_text("x")
     recipe = load_recipe("annie_tiny", ["base.chat_template=t.jinja", "serve.extra_args=[--a]"])
     assert serve_block(recipe).extra_args == ("--a", "--chat-template", str(Path("t.jinja").resolve()))
+
+
+def test_chat_template_of_the_recipe_is_exported(stages: FakeStages) -> None:
+    """Whoever serves the checkpoint by other means than `qat serve` gets the template that was trained with."""
+    Path("t.jinja").write_text("{{ messages }}")
+    given = ["--set", "base.chat_template=t.jinja"]
+    assert main(["run", "--recipe", "annie_tiny", *given]) in (0, 1, 3)
+    exported = sorted(Path("runs/annie_tiny/export").glob("*/chat_template.jinja"))
+    assert [path.parent.name for path in exported] == ["bf16", "nvfp4_all_ptq", "nvfp4_all_qad"]
+    assert {path.read_text() for path in exported} == {"{{ messages }}"}

@@ -74,27 +74,70 @@ def test_audit_command(stages: FakeStages, capsys: Capture) -> None:
     assert main(["data", "audit", "a.jsonl"]) == 0
     stages.audit_faults = ["wrong prompt"]
     assert main(["data", "audit", "a.jsonl"]) == 1
-    assert "wrong prompt" in capsys.readouterr().out
-    Path("broken.jsonl").write_text("{\n")
-    assert main(["data", "audit", "broken.jsonl"]) == 2
-    assert "line 1" in capsys.readouterr().err
+    assert "fault: wrong prompt" in capsys.readouterr().out
+    assert main(["data", "audit", "a.jsonl", "--only", "everything"]) == 2
+    assert "known: schema, replies" in capsys.readouterr().err
+    assert main(["data", "audit", "a.jsonl", "--accept", "no_emojis"]) == 2
+    assert "did you mean 'no_emoji'?" in capsys.readouterr().err
 
 
-def test_render_shows_what_is_supervised(stages: FakeStages, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_render_shows_what_is_trained(stages: FakeStages, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     words = ["<s>", "hello ", "yes ", "it is", "</s>"]
-    row = SimpleNamespace(input_ids=[0, 1, 2, 3, 4], labels=[-100, -100, 2, 3, -100])
-    tokenizer = SimpleNamespace(decode=lambda ids: "".join(words[index] for index in ids))
+    row = SimpleNamespace(input_ids=[0, 1, 2, 3, 4], labels=[-100, -100, 2, 3, -100], dropped=3)
+    tokenizer = SimpleNamespace(
+        decode=lambda ids, **options: "".join(words[index] for index in ids),
+        added_tokens_decoder={},
+        all_special_ids=[0],
+    )
     monkeypatch.setattr(sys.modules["qat.train.base"], "load_tokenizer", lambda block, folder: tokenizer)
-    monkeypatch.setattr("qat.data.render.render", lambda conversation, tokenizer, max_length: row)
+    monkeypatch.setattr("qat.data.render.render_rows", lambda conversation, tokenizer, max_length: [row])
     assert main(["data", "generate", "a.jsonl"]) == 0
     capsys.readouterr()
-    assert main(["data", "render", "a.jsonl"]) == 0
-    assert capsys.readouterr().out.startswith("<s>hello ⟦yes it is⟧</s>\n-- 5 tokens, 2 supervised")
+    assert main(["data", "render", "a.jsonl", "--html", "page.html"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("<s>hello ⟦yes ¦it is⟧</s>\n-- 5 tokens, 2 trained (40.0%), 3 more cut off at")
+    assert "<i " in Path("page.html").read_text(encoding="utf-8") and "page.html" in said
     assert main(["data", "render", "a.jsonl", "--index", "3", "--json"]) == 0
-    pieces = json.loads(capsys.readouterr().out)["pieces"]
-    assert [piece["supervised"] for piece in pieces] == [False, True, False]
+    shown = json.loads(capsys.readouterr().out)
+    assert [piece["trained"] for piece in shown["rows"][0]["pieces"]] == [False, False, True, True, False]
+    assert main(["data", "render", "a.jsonl", "--id", shown["id"], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
     assert main(["data", "render", "a.jsonl", "--index", "40"]) == 2
     assert "0 to 39" in capsys.readouterr().err
+    assert main(["data", "render", "a.jsonl", "--id", "nobody"]) == 2
+    assert "no such conversation" in capsys.readouterr().err
+
+
+def test_generate_out_of_failures(stages: FakeStages, capsys: Capture) -> None:
+    stages.passing = {"bf16": 0.5}
+    assert main(["run", "--recipe", "annie_tiny"]) in (0, 1, 3)
+    capsys.readouterr()
+    results = "runs/annie_tiny/behavior/bf16.jsonl"
+    assert main(["data", "generate", "again.jsonl", "--failures", results, "--per-case", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["failures"] == 60 and report["conversations"] == report["made"] == 120 and report["complete"]
+    assert report["checks"] == {"no_emoji": 60}
+    first = Path("again.jsonl").read_bytes()
+    assert main(["data", "generate", "again.jsonl", "--failures", results, "--per-case", "2"]) == 0
+    assert Path("again.jsonl").read_bytes() == first
+    assert main(["data", "generate", "again.jsonl", "--failures", "missing.jsonl"]) == 2
+
+
+def test_generate_by_a_teacher(stages: FakeStages, capsys: Capture) -> None:
+    from tests.unit.behavior.stub_server import serving
+    from tests.unit.data.teaching import by_parts
+
+    with serving(by_parts()) as stub:
+        settings = f"url: {stub.url}\nmodel: m\nconcurrency: 1\ncategories: {{concise_voice: {{count: 2}}}}\n"
+        Path("teacher.yaml").write_text(settings + "limits: {requests: 3}\n")
+        command = ["data", "generate", "t.jsonl", "--teacher", "teacher.yaml", "--json"]
+        assert main(command) == 1  # the limit came first
+        report = json.loads(capsys.readouterr().out)
+        assert report["made"] == {"concise_voice": 1} and "limits.requests" in report["stopped"]
+        Path("teacher.yaml").write_text(settings)
+        assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["made"] == {"concise_voice": 2}
+    assert len(Path("t.jsonl").read_text().splitlines()) == 2
 
 
 def test_compare(stages: FakeStages, capsys: Capture) -> None:

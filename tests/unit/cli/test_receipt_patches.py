@@ -14,9 +14,7 @@ from qat.patches.stages import AROUND
 from .conftest import FakeStages
 
 
-def test_every_stage_notes_its_patches(
-    stages: FakeStages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_every_stage_notes_its_patches(stages: FakeStages, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     done = registry.Handled(
         name="peft_mamba_out_proj", affects="peft", versions="peft 0", before="needed", after="applied", detail="seen"

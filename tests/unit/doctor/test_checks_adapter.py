@@ -102,8 +102,10 @@ def other_output(found: dict[str, Tensor]) -> None:
 def other_expert_rank(found: dict[str, Tensor]) -> None:
     """One column more than eight experts of rank four have."""
     for name in [name for name in found if name.startswith(EXPERTS)]:
-        found[name] = torch.cat([found[name], found[name][:1]]) if "lora_A" in name else torch.cat(
-            [found[name], found[name][:, :1]], dim=1
+        found[name] = (
+            torch.cat([found[name], found[name][:1]])
+            if "lora_A" in name
+            else torch.cat([found[name], found[name][:, :1]], dim=1)
         )
 
 
@@ -176,9 +178,7 @@ def test_a_base_with_gaps(world: World, tmp_path: Path) -> None:
     assert "adapter_base_unusable" in codes(check_adapter, world.adapter, base)
 
 
-def test_large_adapters_are_read_only_when_asked(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_adapters_are_read_only_when_asked(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(world.adapter, tmp_path / "adapter")
     fill(0.0, "lora_B.weight")(folder)
     assert codes(check_adapter_values, folder) == set()

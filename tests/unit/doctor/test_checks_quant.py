@@ -30,7 +30,6 @@ ATTENTION = "backbone.layers.2.mixer"
 EXPERTS = "backbone.layers.1.mixer.experts"
 
 
-
 class Exports(NamedTuple):
     """Good exports: everything at four bits, the published mix, and one of a model with gated experts.
 
@@ -185,9 +184,7 @@ FILES: list[tuple[set[str], str, Plant]] = [
 
 
 @pytest.mark.parametrize(("expected", "kind", "plant"), FILES)
-def test_a_fault_of_the_files(
-    exports: Exports, tmp_path: Path, expected: set[str], kind: str, plant: Plant
-) -> None:
+def test_a_fault_of_the_files(exports: Exports, tmp_path: Path, expected: set[str], kind: str, plant: Plant) -> None:
     folder = shutil.copytree(getattr(exports, kind), tmp_path / "checkpoint")
     plant(folder)
     found = findings(check_quantization, folder)

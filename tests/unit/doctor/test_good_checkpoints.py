@@ -32,9 +32,7 @@ def save_with_transformers(case: str, folder: Path, shard_size: str) -> Path:
     model_type, fields = CASES[case]
     base = json.loads((TINY_BASE / "config.json").read_text())
     shared = {key: base[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(model_type, **fields | shared), dtype=torch.bfloat16
-    )
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields | shared), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size=shard_size)
     for name in COMPANIONS:
         shutil.copy(TINY_BASE / name, folder / name)

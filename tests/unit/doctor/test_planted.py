@@ -130,9 +130,7 @@ READING: list[tuple[str, Edit, set[str]]] = [
     ),
     (
         "a key twice",
-        lambda f: (f / "config.json").write_text(
-            (f / "config.json").read_text().replace("{", '{"vocab_size": 7,', 1)
-        ),
+        lambda f: (f / "config.json").write_text((f / "config.json").read_text().replace("{", '{"vocab_size": 7,', 1)),
         {"json_repeated_key"},
     ),
     (

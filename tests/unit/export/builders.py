@@ -111,13 +111,15 @@ def make_state(base: Path, merged: Path, path: Path, preset: str = "all", **chan
     weights = load_file(merged / "model.safetensors")
     config = json.loads((base / "config.json").read_text())
     modules: dict[str, ModuleState] = {}
-    for number, name in enumerate(Preset(preset).quantized_modules(config)):
-        modules[name] = ModuleState(_weight_amax(name, weights), torch.tensor(1.5 + number / 7))
+    for number, (name, kind) in enumerate(Preset(preset).formats(config).items()):
+        entry = None if kind == "w4a16" else torch.tensor(1.5 + number / 7)
+        modules[name] = ModuleState(_weight_amax(name, weights), entry, kind)
     for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         for first in [name for name in modules if name.endswith(group[0]) and "experts" not in name]:
             members = [first.removesuffix(group[0]) + leaf for leaf in group]
             shared = torch.stack([modules[name].weight_amax for name in members]).max()
-            modules.update({name: ModuleState(shared, modules[first].input_amax) for name in members})
+            entry, kind = modules[first].input_amax, modules[first].format
+            modules.update({name: ModuleState(shared, entry, kind) for name in members})
     fields = {
         "preset": preset,
         "kv_cache": "bf16",

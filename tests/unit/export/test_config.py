@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ from typing import Any
 import pytest
 
 from qat.errors import UserError
-from qat.export.config import copy_companions, exclude_modules, excluding_pattern, quantization_files, read_config
+from qat.export.config import (
+    copy_companions,
+    exclude_modules,
+    excluding_pattern,
+    quantization_files,
+    read_config,
+    template_files,
+)
 from qat.export.merge import Module, find_modules
 from qat.export.shards import TensorEntry
 from qat.quant.presets import Preset
 
 ROOT = Path(__file__).resolve().parents[3]
+TINY_BASE = ROOT / "data" / "tiny_base"
 
 
 def entries(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorEntry]:
@@ -234,3 +243,60 @@ def test_companions_are_copied_and_nothing_else(tmp_path: Path) -> None:
     assert copy_companions(base, out) == wanted
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == set(wanted)
     assert all((out / name).read_bytes() == name.encode() + b"\r\n\xff" for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        None,
+        "{{ 'inside' }}",
+        [{"name": "default", "template": "{{ 'inside' }}"}, {"name": "tool_use", "template": "{{ 'tools' }}"}],
+    ],
+    ids=["beside", "inside", "named"],
+)
+def test_the_recipes_template_is_the_one_that_a_reader_finds(tmp_path: Path, inside: Any) -> None:
+    """Transformers reads the export: one template, with tools and without, whatever the base carried and where."""
+    from transformers import AutoTokenizer
+
+    base, out, template = tmp_path / "base", tmp_path / "out", tmp_path / "mine.jinja"
+    shutil.copytree(TINY_BASE, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    if inside is not None:
+        settings["chat_template"] = inside
+        (base / "chat_template.jinja").unlink()
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'tools' }}")
+    template.write_bytes("{{ 'ಕ' }}\r\n{{ messages[0].content }}".encode())
+    out.mkdir()
+    files = template_files(base, template)
+    for name, content in files.items():
+        (out / name).write_bytes(content)
+    assert not {*copy_companions(base, out, own_template=True)} & {*files}
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    for tools in (None, [{"type": "function", "function": {"name": "f"}}]):
+        assert tokenizer.get_chat_template(None, tools).encode().splitlines() == template.read_bytes().splitlines()
+    assert (out / "chat_template.jinja").read_bytes() == template.read_bytes()
+    kept = json.loads((out / "tokenizer_config.json").read_text())
+    assert kept == {key: value for key, value in settings.items() if key != "chat_template"}
+    if inside is None:
+        assert files["tokenizer_config.json"] == (base / "tokenizer_config.json").read_bytes()
+
+
+def test_templates_that_cannot_be_exported(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    with pytest.raises(UserError, match="cannot be read"):
+        template_files(tmp_path, template)
+    template.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot be read"):
+        template_files(tmp_path, template)
+    template.write_text(" \n")
+    with pytest.raises(UserError, match="is empty"):
+        template_files(tmp_path, template)
+    template.write_text("{{ messages }}")
+    assert template_files(tmp_path, template) == {"chat_template.jinja": b"{{ messages }}"}
+    for content in ("{", "[]"):
+        (tmp_path / "tokenizer_config.json").write_text(content)
+        with pytest.raises(UserError, match="is no JSON"):
+            template_files(tmp_path, template)

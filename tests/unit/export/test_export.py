@@ -293,3 +293,15 @@ def test_verification_of_a_finished_export(persona: Persona, tmp_path: Path) -> 
     again = verify_export(tmp_path / "out", persona.base, persona.adapters, persona.state)
     assert again == report.verification
     assert again.compared_bytes == report.bytes
+
+
+def test_a_template_of_its_own_is_in_the_export_and_its_hashes(persona: Persona, tmp_path: Path) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_bytes(b"{{ messages }}\r\n")
+    report = export_checkpoint(persona.base, tmp_path / "out", chat_template=template)
+    assert (tmp_path / "out" / "chat_template.jinja").read_bytes() == b"{{ messages }}\r\n"
+    assert report.sha256["chat_template.jinja"] == hashlib.sha256(b"{{ messages }}\r\n").hexdigest()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (persona.base / "tokenizer.json").read_bytes()
+    with pytest.raises(UserError, match="cannot be read"):
+        export_checkpoint(persona.base, tmp_path / "other", chat_template=tmp_path / "missing.jinja")
+    assert not (tmp_path / "other").exists()

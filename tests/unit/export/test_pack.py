@@ -103,13 +103,20 @@ def test_scales_by_hand(persona: Persona, tmp_path: Path) -> None:
 
 
 def test_packed_shapes_by_hand() -> None:
-    found = {spec.name: (spec.dtype, spec.shape, spec.nbytes) for spec in packed_specs("m.weight", (3, 32))}
-    assert found == {
+    def found(kind: str, entry: torch.Tensor | None) -> dict[str, tuple[object, ...]]:
+        specs = packed_specs("m.weight", (3, 32), ModuleState(torch.tensor(1.0), entry, kind))
+        return {spec.name: (spec.dtype, spec.shape, spec.nbytes) for spec in specs}
+
+    four_bits = {
         "m.weight": ("U8", (3, 16), 48),
         "m.weight_scale": ("F8_E4M3", (3, 2), 6),
         "m.weight_scale_2": ("F32", (), 4),
-        "m.input_scale": ("F32", (), 4),
     }
+    entry = {"m.input_scale": ("F32", (), 4)}
+    assert found("nvfp4", torch.tensor(1.0)) == {**four_bits, **entry}
+    assert found("w4a16", None) == four_bits
+    eight_bits = {"m.weight": ("F8_E4M3", (3, 32), 96), "m.weight_scale": ("F32", (), 4)}
+    assert found("fp8", torch.tensor(1.0)) == {**eight_bits, **entry}
 
 
 def test_a_damaged_base_leaves_nothing(persona: Persona, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def test_a_wrong_writer_cannot_publish(persona: Persona, tmp_path: Path, monkeyp
     from qat.export import pack
     from qat.export.merge import effective
 
-    monkeypatch.setattr(pack, "effective", lambda module, read, deltas: effective(module, read, []))
+    monkeypatch.setattr(pack, "effective", lambda module, read, deltas, **packed: effective(module, read, [], **packed))
     with pytest.raises(ExportMismatch):
         export_checkpoint(persona.base, tmp_path / "out", adapters=persona.adapters, quant_state=persona.state)
     assert list(tmp_path.iterdir()) == []

@@ -159,7 +159,8 @@ def test_the_corrupting_kernel(
 
 def test_the_served_case_is_the_commands(stand_in: Path) -> None:
     arguments = serve_case.vllm_arguments("cpu")
-    assert arguments[0] == "--model" and "--no-enable-prefix-caching" in arguments
+    assert arguments[0] == "--model"
+    assert {"--no-enable-prefix-caching", "--no-enable-chunked-prefill"} <= set(arguments)
     assert not any("lora" in argument for argument in arguments)
 
 
@@ -194,3 +195,15 @@ def test_prefix_caching(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [argument for argument in serve_case.vllm_arguments("cpu") if "prefix" not in argument]
     monkeypatch.setattr("qat.patches.vllm_cpu_mamba_prefix_caching.vllm_arguments", lambda device: arguments)
     assert defect.verify().status is Status.NEEDED, "vLLM's default is to cache"
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_seeded_chunked_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    defect, found = real("vllm_cpu_seeded_chunked_prefill")
+    assert found.status is Status.NEEDED
+    assert found.detail == "prompts prefilled in steps: RuntimeError: CPU Generator does not use offset"
+    assert defect.verify() == ProbeResult(Status.NOT_NEEDED, "prompts prefilled as a whole: the step ends as it should")
+    arguments = [argument for argument in serve_case.vllm_arguments("cpu") if "chunked" not in argument]
+    monkeypatch.setattr("qat.patches.vllm_cpu_seeded_chunked_prefill.vllm_arguments", lambda device: arguments)
+    assert defect.verify().status is Status.NEEDED, "vLLM's default is to prefill in steps"

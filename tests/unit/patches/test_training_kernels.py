@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ def patches() -> Iterator[dict[str, Any]]:
 # mamba-ssm -----------------------------------------------------------------------------------------------------------
 
 SCAN = """
-def mamba_chunk_scan_combined(chunk_size):
+def mamba_chunk_scan_combined(hidden_states, chunk_size):
     return f"Triton scan by {chunk_size}"
 def mamba_split_conv1d_scan_combined(*_, **__):
     return "fused"
@@ -58,8 +58,10 @@ def half_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def takes_kernel(modeling: Any, name: str) -> bool:
-    """Whether one of Transformers' functions has decided for a kernel."""
-    return bool(inspect.getclosurevars(getattr(modeling, name)).nonlocals["is_new_implementation"])
+    """Whether one of Transformers' functions has decided for a kernel, on a GPU at least."""
+    function = getattr(modeling, name)
+    function = inspect.getclosurevars(function).nonlocals.get("kernel", function)
+    return bool(inspect.getclosurevars(function).nonlocals["is_new_implementation"])
 
 
 def test_triton_kernels_behind_a_broken_package(half_built: None, patches: dict[str, Any]) -> None:
@@ -77,25 +79,23 @@ def test_triton_kernels_behind_a_broken_package(half_built: None, patches: dict[
     assert patch.probe().status is Status.APPLIED
     # Transformers has decided again, but not for the kernel that bypasses out_proj.
     assert [takes_kernel(modeling, name) for name in names] == [True, True, False]
-    assert modeling.mamba2_chunk_scan(chunk_size=16) == "Triton scan by 16"
+    assert modeling.mamba2_chunk_scan(SimpleNamespace(is_cuda=True), chunk_size=16) == "Triton scan by 16"
+    # Probes run on the CPU, where a Triton kernel cannot.
+    assert inspect.getclosurevars(modeling.mamba2_chunk_scan).nonlocals["elsewhere"] is functions[0]
     patch.revert()
     assert [getattr(modeling, name) for name in names] == functions
     assert patch.probe().status is Status.NEEDED
     assert not [name for name in sys.modules if name.startswith("mamba_ssm")]
 
 
-def test_a_kernel_that_is_broken_itself_stays_needed(
-    half_built: None, patches: dict[str, Any], tmp_path: Path
-) -> None:
+def test_a_kernel_that_is_broken_itself_stays_needed(half_built: None, patches: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "mamba_ssm" / "ops" / "triton" / "ssd_combined.py").write_text("raise RuntimeError('no Triton here')\n")
     patches[KERNELS].apply()
     found = patches[KERNELS].probe()
     assert found.status is Status.NEEDED and "no Triton here" in found.detail
 
 
-def test_nothing_to_tell_without_the_package_or_a_gpu(
-    patches: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_to_tell_without_the_package_or_a_gpu(patches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "no GPU" in patches[KERNELS].probe().detail
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

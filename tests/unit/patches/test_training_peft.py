@@ -60,9 +60,7 @@ def modelopts_lora() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("alpha", [8, 5])
-def test_merging_writes_what_the_forward_quantized(
-    patches: dict[str, Any], modelopts_lora: None, alpha: int
-) -> None:
+def test_merging_writes_what_the_forward_quantized(patches: dict[str, Any], modelopts_lora: None, alpha: int) -> None:
     def both() -> tuple[Tensor, Tensor, Any]:
         """What the weight quantizer got in the forward, what was merged, and the layer."""
         model, x = lora_in_bf16(alpha), torch.ones(2, 64, dtype=torch.bfloat16)

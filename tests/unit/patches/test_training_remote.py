@@ -156,9 +156,7 @@ def test_nothing_changes_where_nothing_is_wrong(moe_class: Any, patches: dict[st
     assert idle is not None and not idle.any()
 
 
-def test_a_class_that_is_loaded_later(
-    moe_class: Any, patches: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_is_loaded_later(moe_class: Any, patches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     patches[INDEX_ADD].apply()
     second = loaded("another_org", monkeypatch)
     assert patches[INDEX_ADD].probe().status is Status.NEEDED

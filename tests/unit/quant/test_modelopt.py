@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from qat.quant.modelopt import (
 from qat.quant.names import sharing_groups
 from qat.quant.nvfp4 import fake_quant_activation, fake_quant_weight
 from qat.quant.presets import Preset
-from qat.quant.state import ModuleState
+from qat.quant.state import ModuleState, QuantState
 from tests.tiny_models import nemotron_h_tiny, qwen3_moe_tiny, qwen3_tiny, token_ids
 
 BUILDERS = [nemotron_h_tiny, qwen3_tiny, qwen3_moe_tiny]
@@ -61,7 +62,7 @@ def test_off_is_the_unquantized_model_bit_for_bit(build: Any, experts: str) -> N
 @pytest.mark.parametrize(
     ("build", "preset"),
     [(build, "all") for build in BUILDERS]
-    + [(nemotron_h_tiny, preset) for preset in ("nvidia-nano", "conservative", "aggressive")],
+    + [(nemotron_h_tiny, preset) for preset in ("nvidia-nano", "conservative", "aggressive", "lightning")],
 )
 def test_exactly_the_presets_modules_are_quantized(build: Any, preset: str) -> None:
     model = build()
@@ -71,7 +72,8 @@ def test_exactly_the_presets_modules_are_quantized(build: Any, preset: str) -> N
     everything = set(Preset("all").quantized_modules(config)) | {"lm_head"}
     assert set(inserted.skipped) == everything - set(inserted.quantized)
     enabled = [name for name, m in model.named_modules() if "quantizer" in name and getattr(m, "is_enabled", False)]
-    assert len(enabled) == 2 * len(inserted.quantized)
+    weight_only = Preset(preset).formats(config).values()
+    assert len(enabled) == 2 * len(inserted.quantized) - list(weight_only).count("w4a16")
 
 
 def test_a_linear_by_hand() -> None:
@@ -86,6 +88,42 @@ def test_a_linear_by_hand() -> None:
     assert pair.weight._amax == w.abs().max().float()
     expected = F.linear(fake_quant_activation(x, pair.input._amax), fake_quant_weight(w, w.abs().max().float()))
     assert torch.equal(y, expected)
+
+
+def test_formats_by_hand() -> None:
+    """FP8 and W4A16 linears from their definitions; attention stays as it was."""
+    model, plain = nemotron_h_tiny(), nemotron_h_tiny()
+    quantized(model, "lightning")
+    x = torch.randn(3, 7, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    names = ("0.mixer.in_proj", "1.mixer.shared_experts.up_proj", "2.mixer.q_proj")
+    with torch.no_grad():
+        eight, four, none = (model.get_submodule(f"model.layers.{name}")(x) for name in names)
+    w = [plain.get_submodule(f"model.layers.{name}").weight.detach() for name in names]
+    pair = quantizers(model)["backbone.layers.0.mixer.in_proj"]
+    scale, entry = w[0].abs().max().float() / 448, pair.input._amax / 448
+    codes = (w[0] / scale).to(torch.float8_e4m3fn)
+    rows = (x.float() * (1 / entry)).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(eight, F.linear((rows.float() * entry).bfloat16(), (codes.float() * scale).bfloat16()))
+    assert torch.equal(four, F.linear(x, fake_quant_weight(w[1], w[1].abs().max().float())))
+    assert torch.equal(none, F.linear(x, w[2]))
+
+
+def test_weight_only_experts_leave_activations_alone() -> None:
+    """The same experts as Transformers' own with the rounded weights."""
+    model, plain = nemotron_h_tiny(), nemotron_h_tiny()
+    quantized(model, "lightning")
+    ours, theirs = (each.get_submodule("model.layers.1.mixer.experts") for each in (model, plain))
+    for name in ours.projection_names:
+        w = theirs.get_parameter(name)
+        w.data = fake_quant_weight(w.data, w.data.abs().amax(dim=(1, 2)).float())
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(30, 64, generator=generator).bfloat16()
+    routes = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(30)])
+    gates = torch.rand(30, 2, generator=generator)
+    with torch.no_grad():
+        y, expected = ours(x, routes, gates), theirs(x, routes, gates)
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02 * float(expected.abs().mean()))
+    assert not quantizers(model)["backbone.layers.1.mixer.experts.up_proj"].input.is_enabled
 
 
 def slow_experts(
@@ -204,6 +242,24 @@ def test_gradients_pass_straight_through() -> None:
     w = fake_quant_weight(layer.weight.detach(), pair.weight._amax)
     torch.testing.assert_close(x.grad, g @ w)
     torch.testing.assert_close(layer.weight.grad, g.T @ fake_quant_activation(x.detach(), pair.input._amax))
+
+
+def test_a_state_of_several_formats_restores_the_forward(tmp_path: Path) -> None:
+    model = nemotron_h_tiny()
+    inserted = quantized(model, "lightning")
+    collect_state(model, inserted, kv_cache="bf16", base_sha256="0").save(tmp_path / "state")
+    state = QuantState.load(tmp_path / "state")
+    assert {module.format for module in state.modules.values()} == {"fp8", "w4a16"}
+    other = nemotron_h_tiny()
+    insert_quantizers(other, state.precision(), other.config.to_dict())
+    load_state_into(other, state)
+    ids = token_ids(seed=6)
+    assert torch.equal(forward(other, ids), forward(model, ids))
+    changed = nemotron_h_tiny()
+    names = {name: "nvfp4" for name in state.modules}
+    insert_quantizers(changed, Preset("mine", names), changed.config.to_dict())
+    with pytest.raises(UserError, match="another format than the preset"):
+        load_state_into(changed, state)
 
 
 @pytest.mark.parametrize("build", BUILDERS)

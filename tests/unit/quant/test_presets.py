@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qat.errors import UserError
-from qat.quant.presets import PRESETS, SUPPORTED_PRESETS, Preset, layer_kinds
+from qat.quant.linears import layer_kinds, linears
+from qat.quant.presets import FORMATS, PRESETS, Preset, compose, preset_of
+from qat.recipe.schema import PresetBlock, Shipped
 from tests.tiny_models import nemotron_h_tiny, qwen3_moe_tiny, qwen3_tiny
 
 
@@ -61,8 +64,8 @@ def test_a_pattern_and_a_list_of_kinds_are_the_same(real_data: Path) -> None:
     other = {key: value for key, value in config.items() if key != "hybrid_override_pattern"}
     other["layers_block_type"] = [words[letter] for letter in config["hybrid_override_pattern"]]
     assert layer_kinds(config) == layer_kinds(other)
-    for name in SUPPORTED_PRESETS:
-        assert Preset(name).quantized_modules(config) == Preset(name).quantized_modules(other)
+    for name in PRESETS:
+        assert Preset(name).formats(config) == Preset(name).formats(other)
         assert Preset(name).excludes(config) == Preset(name).excludes(other)
 
 
@@ -124,9 +127,7 @@ def test_faults() -> None:
     config = tiny_config()
     with pytest.raises(UserError, match="no such precision preset"):
         Preset("nano")
-    with pytest.raises(UserError, match="cannot be built yet"):
-        Preset("lightning").quantized_modules(config)
-    for preset in ("nvidia-nano", "conservative", "aggressive"):
+    for preset in ("nvidia-nano", "conservative", "aggressive", "lightning"):
         with pytest.raises(UserError, match="does not fit this model"):
             Preset(preset).quantized_modules(qwen3_tiny().config.to_dict())
     with pytest.raises(UserError, match="model type"):
@@ -141,7 +142,85 @@ def test_faults() -> None:
 
 
 def test_recipes_know_the_same_presets() -> None:
+    from typing import get_args
+
     from qat.recipe import checks
 
-    assert set(checks.PRESETS) == set(PRESETS)
-    assert set(checks.EXPORTABLE_PRESETS) == set(SUPPORTED_PRESETS)
+    assert set(checks.PRESETS) == set(PRESETS) == set(get_args(Shipped))
+    assert set(PresetBlock.model_fields) == {"like", "bf16", *FORMATS}
+
+
+def test_lightning_is_the_published_mix(real_data: Path) -> None:
+    """Module by module; the published lm_head is the one that stays in BF16 here."""
+    name = "nvidia--NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4"
+    config = published(real_data, f"{name}_config.json")
+    quantized = published(real_data, f"{name}_hf_quant_config.json")["quantization"]
+    words = {"W4A16_NVFP4": "w4a16", "FP8": "fp8"}
+    expected = {}
+    for module, entry in quantized["quantized_layers"].items():
+        expected[re.sub(r"\.experts\.\d+\.", ".experts.", module)] = words[entry["quant_algo"]]
+    del expected["lm_head"]
+    found = Preset("lightning").formats(config)
+    assert found == expected
+    assert not set(quantized["exclude_modules"]) & set(found)
+
+
+def test_an_own_preset() -> None:
+    config = tiny_config()
+    mixer = "backbone.layers.{}.mixer"
+    changes = {
+        "bf16": [f"{mixer.format(1)}.*"],
+        "fp8": [f"{mixer.format(0)}.in_proj", f"{mixer.format(2)}.?_proj"],
+        "w4a16": [f"{mixer.format(3)}.experts.*"],
+    }
+    preset = compose("mine", "all", changes, config)
+    found = preset.formats(config)
+    expected = {
+        f"{mixer.format(0)}.in_proj": "fp8",
+        f"{mixer.format(0)}.out_proj": "nvfp4",
+        **{f"{mixer.format(2)}.{leaf}_proj": "fp8" for leaf in "qkvo"},
+        f"{mixer.format(3)}.experts.up_proj": "w4a16",
+        f"{mixer.format(3)}.experts.down_proj": "w4a16",
+        f"{mixer.format(3)}.shared_experts.up_proj": "nvfp4",
+        f"{mixer.format(3)}.shared_experts.down_proj": "nvfp4",
+    }
+    assert found == expected and list(found) == [linear.name for linear in linears(config) if linear.name in expected]
+    kept = {f"{mixer.format(1)}.{leaf}" for leaf in ("experts.up_proj", "shared_experts.down_proj")}
+    assert kept < set(preset.excludes(config))
+    block = PresetBlock.model_validate({"like": "all", **changes})
+    assert preset_of("mine", {"mine": block}, config) == preset
+    assert preset_of("all", {"mine": block}, config) == Preset("all")
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"bf16": ["backbone.layers.9.*"]}, "matches no module"),
+        ({"bf16": ["*.q_proj"]}, "computes as one"),
+        ({"w4a16": ["*.experts.up_proj"]}, "computes as one"),
+        ({"fp8": ["*.experts.*"]}, "cannot be FP8"),
+        ({"fp8": ["*.in_proj"], "bf16": ["*.in_*"]}, "claim one module"),
+        ({"bf16": ["*"]}, "matches no module of this model"),
+    ],
+)
+def test_own_presets_that_cannot_be(changes: dict[str, list[str]], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        compose("mine", "all", changes, tiny_config())
+
+
+def test_own_presets_of_another_model() -> None:
+    with pytest.raises(UserError, match="does not have"):
+        Preset("mine", {"backbone.layers.7.mixer.in_proj": "fp8"}).formats(tiny_config())
+    with pytest.raises(UserError, match="Unknown format"):
+        Preset("mine", {"backbone.layers.0.mixer.in_proj": "int4"}).formats(tiny_config())
+    with pytest.raises(UserError, match="name of a shipped one"):
+        Preset("all", {})
+
+
+def test_eight_bits_need_no_blocks() -> None:
+    """A row of 40 divides into no blocks of 16, which E4M3 does not have."""
+    config = {**tiny_config(), "moe_shared_expert_intermediate_size": 40}
+    with pytest.raises(UserError, match="multiple of 16"):
+        Preset("all").formats(config)
+    name = "backbone.layers.1.mixer.shared_experts.down_proj"
+    assert Preset("mine", {name: "fp8"}).formats(config) == {name: "fp8"}

@@ -131,3 +131,45 @@ def test_another_base() -> None:
     state().require_base("f" * 64, "base")
     with pytest.raises(UserError, match="another base checkpoint"):
         state().require_base("0" * 64, "base")
+
+
+def mixed() -> QuantState:
+    found = state()
+    one = torch.tensor(1.5)
+    found.modules = {
+        "a": ModuleState(one, one),
+        "b": ModuleState(one, None, "w4a16"),
+        "c": ModuleState(one, one, "fp8"),
+    }
+    found.preset = "mine"
+    return found
+
+
+def test_formats_are_kept_and_raise_the_version(tmp_path: Path) -> None:
+    mixed().save(tmp_path / "mixed")
+    found = QuantState.load(tmp_path / "mixed")
+    assert {name: module.format for name, module in found.modules.items()} == {"a": "nvfp4", "b": "w4a16", "c": "fp8"}
+    assert found.modules["b"].input_amax is None
+    assert found.precision().own == {"a": "nvfp4", "b": "w4a16", "c": "fp8"}
+    # What an older release can read is written as it knows it.
+    state().save(tmp_path / "plain")
+    headers = [(tmp_path / name).read_bytes() for name in ("mixed", "plain")]
+    assert [b'"format_version":"2"' in header for header in headers] == [True, False]
+    assert b'"format_version":"1"' in headers[1] and b"formats" not in headers[1]
+
+
+def test_formats_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    one = torch.tensor(1.0)
+    whole = {"m.weight_amax": one, "m.input_amax": one.clone()}
+    for formats in ({"n": "fp8"}, {"m": "int4"}, ["m"], {"m": ["fp8"]}):
+        rewrite(path, whole, format_version=2, formats=formats)
+        with pytest.raises(UserError, match="formats are none of modules"):
+            QuantState.load(path)
+    rewrite(path, whole, format_version=2, formats={"m": "w4a16"})
+    with pytest.raises(UserError, match="one too many for w4a16"):
+        QuantState.load(path)
+    broken = mixed()
+    broken.modules["b"] = ModuleState(one, one, "w4a16")
+    with pytest.raises(ValueError, match="no valid ranges"):
+        broken.save(path)

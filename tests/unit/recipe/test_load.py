@@ -92,7 +92,7 @@ def test_blocks_are_frozen(write: Write) -> None:
         ("count: 20", "count: 20, seeds: 3", 5, "data.seeds", ["unknown key", "'seed'"]),
         ("kind: distilled", "kind: destilled", 14, "arms.2.kind", ["'distilled'", "base, persona, ptq, distilled"]),
         ("preset: all", "preset: al", 15, "arms.2.preset", ["unknown preset", "did you mean 'all'"]),
-        ("preset: all", "preset: lightning", 15, "arms.2.preset", ["cannot be exported"]),
+        ("preset: all", "preset: mixed", 15, "arms.2.preset", ["unknown preset"]),
         ("    preset: all\n", "", 13, "arms.2.preset", ["needs a preset"]),
         ("kind: persona", "kind: persona, preset: all", 12, "arms.1.preset", ["takes no preset"]),
         (
@@ -311,8 +311,38 @@ def test_shipped_recipes_have_the_fixed_settings() -> None:
     assert len(full.behavior.sampling) == 2 and len(full.behavior.sampling[1].seeds) > 1
 
 
-def test_exportable_presets_are_those_of_the_quantizer() -> None:
-    from qat.quant.presets import SUPPORTED_PRESETS
-    from qat.recipe.checks import EXPORTABLE_PRESETS
+OWN = "quant: {presets: {mine: {like: all, bf16: [backbone.layers.0.*]}}}\n"
 
-    assert set(SUPPORTED_PRESETS) == set(EXPORTABLE_PRESETS)
+
+def test_own_presets(write: Write) -> None:
+    recipe = load_recipe(write(OWN + TEXT.replace("preset: all", "preset: mine")))
+    assert recipe.presets == ("mine",)
+    assert recipe.quant.presets["mine"].bf16 == ("backbone.layers.0.*",)
+    again = load_recipe(write(recipe.to_yaml()))
+    assert again == recipe and again.sha256 == recipe.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "words"),
+    [
+        (
+            ("mine: {like: all", "mine: {like: everything"),
+            "quant.presets.mine.like",
+            ["not an allowed value", "lightning"],
+        ),
+        (("mine: {like", "Mine: {like"), "quant.presets.Mine.[key]", ["not a valid name"]),
+        (("bf16: [", "bf61: ["), "quant.presets.mine.bf61", ["unknown key", "'bf16'", "w4a16"]),
+        (("mine: {like", "conservative: {like"), "quant.presets.conservative", ["shipped preset"]),
+        (("bf16: [backbone.layers.0.*]", "bf16: 3"), "quant.presets.mine.bf16", ["a list"]),
+    ],
+)
+def test_faults_of_own_presets(write: Write, change: tuple[str, str], key: str, words: list[str]) -> None:
+    fault = only(check_recipe(write(OWN.replace(*change) + TEXT)))
+    assert fault.key == key and fault.line == 1
+    assert all(word in str(fault) for word in words), str(fault)
+
+
+def test_an_own_preset_of_another_family(write: Write) -> None:
+    text = OWN.replace("like: all", "like: lightning") + TEXT
+    faults = check_recipe(write(text), ["base.family=llama", "train.adapter.targets=[attention]"])
+    assert [fault.key for fault in faults] == ["quant.presets.mine.like"]

@@ -85,6 +85,24 @@ def test_shows_the_numbers_of_the_run(run_folder: Path) -> None:
     assert not any(row and row[0].strip() == "report" for row in page.rows)
 
 
+def test_errors_and_flips_of_an_arm_against_itself(run_folder: Path) -> None:
+    verdict = json.loads((run_folder / "verdict.json").read_text())
+    for arm, errors in (("bf16", 0), ("nvfp4_all_ptq", 1), ("nvfp4_all_qad", 4)):
+        verdict["arms"][arm]["errors"] = errors
+    twice = {"flips": 3, "pairs": 120, "rate": 0.025, "low": 0.0085, "high": 0.0709, "reason": None}
+    few = {"flips": 1, "pairs": 4, "rate": None, "low": None, "high": None, "reason": "4 cases are too few"}
+    verdict["comparisons"][1] |= {"self_flips": twice, "reference_self_flips": few}
+    verdict["comparisons"][2] |= {"self_flips": None, "reference_self_flips": few}
+    (run_folder / "verdict.json").write_text(json.dumps(verdict))
+    page = read(run_folder)
+    assert "120 0 errors" in page.row("bf16") and "120 1 error " in page.row("nvfp4_all_ptq")
+    assert "120 4 errors" in page.row("nvfp4_all_qad") and "error" not in page.row("base")
+    rows = [" ".join(" ".join(row).split()) for row in page.rows]
+    flips = {row.split()[0]: row for row in rows if " bf16 120 " in row}
+    assert " 12 0 3 of 120 2.5 %, 0.9 to 7.1 1 of 4 4 cases are too few " in flips["nvfp4_all_ptq"]
+    assert " 3 0 – 1 of 4 4 cases are too few " in flips["nvfp4_all_qad"] and " 0 – – " in flips["base"]
+
+
 def test_needs_nothing_from_outside(run_folder: Path) -> None:
     text = write_report(run_folder).read_text("utf-8")
     page = Page(text)

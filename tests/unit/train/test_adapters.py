@@ -145,6 +145,63 @@ def test_saved_and_loaded_gives_the_same_logits(tmp_path: Path) -> None:
     assert all((tmp_path / "adapter" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
 
 
+_OF_KIND = {
+    "attention": [f"layers.2.mixer.{leaf}_proj" for leaf in "qkvo"],
+    "mamba": ["layers.0.mixer.in_proj", "layers.0.mixer.out_proj"],
+    "routed_experts": [f"layers.{n}.mixer.experts.{leaf}_proj" for n in (1, 3) for leaf in ("up", "down")],
+    "shared_experts": [f"layers.{n}.mixer.shared_experts.{leaf}_proj" for n in (1, 3) for leaf in ("up", "down")],
+}
+
+
+@pytest.mark.parametrize("kind", _OF_KIND)
+def test_every_kind_loads_with_plain_peft_and_merges_to_one_rounding(kind: str, tmp_path: Path) -> None:
+    """By hand from the file's own tensors: W + s B A in one addmm or baddbmm; all other weights are left alone."""
+    from safetensors.torch import load_file
+
+    from qat.quant.lora import merge_adapter_
+
+    block = BLOCK.model_copy(update={"targets": (kind,)})
+    model, _ = attach_adapter(nemotron_h_tiny(), block, "nemotron_h", 0)
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(index))
+    save_adapter(model, tmp_path / "adapter", "h")
+    merged = merge_adapter_(PeftModel.from_pretrained(nemotron_h_tiny(), tmp_path / "adapter"))
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    base, found = dict(nemotron_h_tiny().named_parameters()), dict(merged.named_parameters())
+    assert base.keys() == found.keys()
+    changed = {name for name in base if not torch.equal(base[name], found[name])}
+    assert changed == {f"model.{path}" + ("" if kind == "routed_experts" else ".weight") for path in _OF_KIND[kind]}
+    for path in _OF_KIND[kind]:
+        fused = kind == "routed_experts"
+        # Of two adapted parameters of one module PEFT nests the first one below the other.
+        key = path.rpartition(".")[0] + (".base_layer" if path.endswith("up_proj") else "") if fused else path
+        a, b = (factors[f"base_model.model.model.{key}.lora_{side}.weight"].bfloat16() for side in "AB")
+        if fused:
+            a, b = a.view(8, 4, -1), b.view(b.shape[0], 4, 8).permute(2, 0, 1).contiguous()
+            expected = torch.baddbmm(base[f"model.{path}"], b, a, alpha=2.0)
+            assert torch.equal(found[f"model.{path}"], expected)
+        else:
+            assert torch.equal(
+                found[f"model.{path}.weight"], torch.addmm(base[f"model.{path}.weight"], b, a, alpha=2.0)
+            )
+
+
+def test_an_adapter_that_reaches_less_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT leaves one weight out, as it did with out_proj: that is an error and never a smaller adapter."""
+    from qat.train import adapters
+
+    reached = adapters.adapted_weights
+
+    def fewer(model: PeftModel) -> dict[str, torch.nn.Module]:
+        return {name: layer for name, layer in reached(model).items() if not name.endswith("0.mixer.out_proj")}
+
+    monkeypatch.setattr(adapters, "adapted_weights", fewer)
+    with pytest.raises(RuntimeError, match=r"missing \['model.layers.0.mixer.out_proj'\]"):
+        attach_adapter(nemotron_h_tiny(), BLOCK, "nemotron_h", 0)
+
+
 def test_an_adapter_of_another_base_or_persona(tmp_path: Path) -> None:
     save_adapter(_adapted(), tmp_path / "adapter", "base-hash", parent_sha256="persona")
     with pytest.raises(UserError, match="another base"):

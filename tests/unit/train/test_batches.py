@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 
 from qat.data.render import IGNORED
 from qat.errors import UserError
+from qat.train import compare
 from qat.train.batches import (
     EVALUATION_BATCH,
     Sample,
@@ -110,6 +112,26 @@ def test_hidden_of_rows_keeps_rows_apart() -> None:
     torch.testing.assert_close(
         kept[2], hidden_states(model, batch.input_ids, batch.targets).detach(), rtol=1e-4, atol=1e-4
     )
+
+
+def test_many_answers_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits as in memory; a file only above the limit; refused where the disk has no room."""
+    model = nemotron_h_tiny()
+    ids = [[row * 7 + place for place in range(6 + row)] for row in range(11)]
+    samples = [Sample(str(number), "c", row, row) for number, row in enumerate(ids)]
+    spill = tmp_path / "folder" / "teacher.bin"
+    inside = hidden_of_rows(model, samples, range(11), "all", spill)
+    assert not spill.exists()
+    size = sum(len(row) - 1 for row in ids) * 64 * 2
+    monkeypatch.setattr(compare, "KEPT_IN_MEMORY", size - 1)
+    outside = hidden_of_rows(model, samples, range(11), "all", spill)
+    assert spill.stat().st_size == size
+    assert all(torch.equal(inside[row], outside[row]) for row in range(11))
+    assert torch.frombuffer(bytearray(spill.read_bytes()[: 2 * 64]), dtype=torch.bfloat16).equal(inside[0][0])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=size - 1))
+    with pytest.raises(UserError, match="no room for the teacher's answers"):
+        hidden_of_rows(model, samples, range(11), "all", spill)
 
 
 def test_encode_file_supervises_the_reply_alone(small: Small) -> None:

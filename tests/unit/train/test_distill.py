@@ -18,7 +18,7 @@ from qat.train.batches import encode_file
 from qat.train.distill import distill
 from qat.train.divergence import measure
 from qat.train.persona import load_persona
-from qat.train.sft import train_sft
+from qat.train.sft import train_sft, validation_loss
 from qat.train.student import quantize_
 from tests.unit.train import world
 from tests.unit.train.conftest import Small
@@ -58,11 +58,18 @@ def test_divergence_is_what_distillation_reports(small: Small, trained: Trained)
     found = measure(recipe, small.base, trained.persona, arms, small.validation)
     loop = trained.report["loop"]
     assert isinstance(loop, dict)
-    assert found["persona"].kl == 0.0 and found["persona"].top1 == 1.0
-    assert found["ptq"].kl == loop["first"]
-    assert found["qad"].kl == loop["best"]
-    assert found["qad"].to_json() == trained.report["divergence"]
-    assert 0 < found["qad"].kl < found["ptq"].kl
+    persona, ptq, qad = (found[name].replies for name in arms)
+    assert persona.kl == 0.0 and persona.top1 == 1.0
+    assert ptq.kl == loop["first"]
+    assert qad.kl == loop["best"]
+    assert qad.to_json() == trained.report["divergence"]
+    assert 0 < qad.kl < ptq.kl
+    routers = [found[name].router for name in arms]
+    assert all(router is not None and router.tokens == persona.tokens for router in routers)
+    layers = [f"model.layers.{layer}.mixer.experts" for layer in (1, 3)]  # the same under adapters
+    assert all(router is not None and list(router.layers) == layers for router in routers)
+    assert [router.changed > 0 for router in routers if router is not None] == [False, True, True]
+    assert found["qad"].to_json() == {**qad.to_json(), "router": routers[2]._asdict()}  # type: ignore[union-attr]
     json.dumps(trained.report, allow_nan=False)
 
 
@@ -83,7 +90,9 @@ def test_divergence_by_the_slow_way(small: Small, trained: Trained) -> None:
             if label != -100:
                 kl = float((p[position].exp() * (p[position] - q[position])).sum())
                 rows.append((sample.category, kl, bool(p[position].argmax() == q[position].argmax())))
-    found = measure(recipe, small.base, trained.persona, {"ptq": (None, trained.calibration)}, small.validation)["ptq"]
+    found = measure(recipe, small.base, trained.persona, {"ptq": (None, trained.calibration)}, small.validation)[
+        "ptq"
+    ].replies
     assert found.tokens == len(rows) and found.conversations == len(samples)
     # Activations are bfloat16 and batches round differently, so only a few per cent are asked.
     assert found.kl == pytest.approx(sum(kl for _, kl, _ in rows) / len(rows), rel=0.05)
@@ -190,3 +199,60 @@ def test_going_on_restores_ranges_and_bytes(
     assert report.loop.resumed_from == 4
     for name in ("adapter/adapter_model.safetensors", "quant_state.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_plain_quantization_aware_training(
+    small: Small, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a teacher; replies that the persona wrote count as rows; the step is chosen by the cross entropy."""
+    settings = {"tokens": "replies", "ce_weight": 1.0, "replies": {"count": 3, "max_new_tokens": 4}}
+    recipe = world.recipe(small.base, distill={"max_steps": 4, "eval_every": 2, **settings})
+    monkeypatch.setattr("qat.train.distill.hidden_of_rows", lambda *_: pytest.fail("the teacher was asked"))
+    arguments = (recipe, small.base, trained.persona, trained.calibration, small.train, small.validation)
+    report = distill(*arguments, tmp_path)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    entropies = [row["cross_entropy"] for row in log if "cross_entropy" in row]
+    assert len(entropies) == 3 and report.loop.best == min(entropies)
+    assert (report.replies, report.train.conversations) == (3, 27)
+    assert len((tmp_path / "replies.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    sha256 = base_sha256(small.base)
+    student = load_adapter(
+        load_persona(small.base, trained.persona, sha256),
+        tmp_path / "adapter",
+        sha256,
+        parent=report.persona_sha256,
+    )
+    quantize_(student, small.base, QuantState.load(tmp_path / "quant_state.safetensors"))
+    samples = encode_file(small.validation, load_tokenizer(recipe.base, small.base), 64).samples
+    assert validation_loss(student, samples) == report.loop.best
+
+
+def test_a_mix_of_both_losses(small: Small, trained: Trained, tmp_path: Path) -> None:
+    """The first step's loss is the weighted sum of those of the two pure trainings, whose first batch is the same."""
+    first = {}
+    for ce_weight in (0.0, 0.25, 1.0):
+        settings = {"max_steps": 1, "eval_every": 1, "tokens": "replies", "ce_weight": ce_weight}
+        recipe = world.recipe(small.base, distill=settings)
+        arguments = (recipe, small.base, trained.persona, trained.calibration, small.train, small.validation)
+        distill(*arguments, tmp_path / str(ce_weight))
+        log = [json.loads(line) for line in (tmp_path / str(ce_weight) / "log.jsonl").read_text().splitlines()]
+        first[ce_weight] = next(row["loss"] for row in log if "loss" in row)
+    assert first[0.25] == pytest.approx(0.75 * first[0.0] + 0.25 * first[1.0], rel=1e-3)
+    assert first[0.0] < first[1.0]
+
+
+def test_answers_in_a_file_give_the_same_bytes(
+    small: Small, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = world.recipe(small.base, distill={"max_steps": 2, "eval_every": 2})
+    arguments = (recipe, small.base, trained.persona, trained.calibration, small.train, small.validation)
+    inside = distill(*arguments, tmp_path / "inside")
+    mapped: list[int] = []
+    from_file = torch.from_file
+    monkeypatch.setattr("qat.train.compare.KEPT_IN_MEMORY", 0)
+    monkeypatch.setattr(
+        "torch.from_file", lambda *given, **named: mapped.append(named["size"]) or from_file(*given, **named)
+    )
+    outside = distill(*arguments, tmp_path / "outside")
+    assert mapped and not (tmp_path / "outside" / "teacher.bin").exists()
+    assert inside.adapter_sha256 == outside.adapter_sha256 and inside.divergence == outside.divergence

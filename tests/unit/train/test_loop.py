@@ -46,14 +46,21 @@ class _Scripted(Loop):
 
 
 def _loop(
-    out: Path, script: tuple[float, ...], *, steps: int = 6, patience: int = 0, fingerprint: str = "f", **block: Any
+    out: Path,
+    script: tuple[float, ...],
+    *,
+    steps: int = 6,
+    patience: int = 0,
+    fingerprint: str = "f",
+    checkpointing: bool = False,
+    **block: Any,
 ) -> _Scripted:
     settings = SftBlock(**({"batch_size": 2, "learning_rate": 0.01, "save_every": 100} | block))
     samples = _samples()
     order = training_order(
         [len(s.input_ids) for s in samples], settings.batch_size, 1, count=steps * settings.gradient_accumulation
     )
-    plan = Plan("test", order, "replies", steps, 2, patience, "eval_loss", 5, fingerprint)
+    plan = Plan("test", order, "replies", steps, 2, patience, "eval_loss", 5, fingerprint, checkpointing)
     model, _ = attach_adapter(nemotron_h_tiny(), ADAPTER, "nemotron_h", 5)
     loop = _Scripted(model, samples, settings, plan, out)
     loop.script = script
@@ -175,8 +182,71 @@ def test_divergence_of_the_loss_is_an_error(tmp_path: Path, monkeypatch: pytest.
     loop = _loop(tmp_path, (1.0,) * 9)
     sound = loop.batch_loss
     monkeypatch.setattr(loop, "batch_loss", lambda model, batch: sound(model, batch) * float("nan"))
-    with pytest.raises(UserError, match="diverged at step 1"):
+    with pytest.raises(UserError, match="diverged at step 1: the gradient norm is nan") as caught:
         loop.run()
+    assert caught.value.where == "the loss is not finite, though every layer's output is"
+
+
+def test_the_layer_that_broke_is_named_and_nothing_moved(tmp_path: Path) -> None:
+    """A layer gives infinities from the fourth step on: the message names it, and the factors are those of step 3."""
+    loop = _loop(tmp_path, (3.0, 2.0, 1.0, 0.5), save_every=1)
+    layer = loop.model.get_base_model().get_submodule("model.layers.2.mixer.k_proj")
+    before: list[torch.Tensor] = []
+
+    def wreck(module: Any, arguments: Any, output: torch.Tensor) -> torch.Tensor | None:
+        if loop.state.global_step < 3 or not module.training:
+            return None
+        before[:] = before or [_factors(loop)]
+        return output + float("inf")
+
+    layer.register_forward_hook(wreck)
+    with pytest.raises(UserError, match="diverged at step 4") as caught:
+        loop.run()
+    assert "the output of model.layers.2.mixer.k_proj is the first" in caught.value.where
+    assert all(loop.samples[row].id in str(caught.value.value) for row in loop.plan.order[3])
+    assert "step 2 is the best so far and is kept" in caught.value.remedy
+    assert torch.equal(before[0], _factors(loop))
+    kept = checkpoint.read(loop.root / "checkpoint-3").parameters
+    assert len(kept) > 4 and all(torch.equal(loop.model.get_parameter(name), kept[name]) for name in kept)
+
+
+def test_an_explosion_of_the_gradient_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = _loop(tmp_path, (1.0,) * 9, steps=9)
+    sound = loop.batch_loss
+    monkeypatch.setattr(
+        loop, "batch_loss", lambda model, batch: sound(model, batch) * (1e8 if loop.state.global_step == 6 else 1.0)
+    )
+    with pytest.raises(
+        UserError, match=r"diverged at step 7: the gradient norm rose to \S+, from a median of"
+    ) as caught:
+        loop.run()
+    assert "is the largest" in caught.value.where and _rows(tmp_path)[-1]["step"] == 6
+
+
+def test_gradient_checkpointing_gives_the_same_factors(tmp_path: Path) -> None:
+    factors, calls = [], []
+    for number, checkpointing in enumerate((False, True)):
+        loop = _loop(tmp_path / str(number), (3.0, 2.0, 1.0), steps=4, checkpointing=checkpointing)
+        calls.append(0)
+
+        def count(module: Any, arguments: Any, output: Any, number: int = number) -> None:
+            calls[number] += module.training
+
+        loop.model.get_base_model().get_submodule("model.layers.2.mixer.q_proj").register_forward_hook(count)
+        loop.run()
+        factors.append(_factors(loop))
+    assert torch.equal(factors[0], factors[1])
+    assert calls[1] == 2 * calls[0] > 0
+
+
+def test_factors_and_optimizer_are_float32(tmp_path: Path) -> None:
+    loop = _loop(tmp_path, (3.0, 2.0), steps=2)
+    loop.run()
+    content = checkpoint.read(loop.root / "checkpoint-2")
+    tensors = [*content.parameters.values()]
+    tensors += [value for slot in content.optimizer["state"].values() for value in slot.values()]
+    assert len(tensors) == 4 * len(content.parameters)  # factor, two moments, the count of steps
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
 def test_a_factor_without_gradient_is_an_error(tmp_path: Path) -> None:

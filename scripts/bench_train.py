@@ -1,0 +1,50 @@
+"""Measure training steps on one GPU and write them to a JSON file.
+
+python scripts/bench_train.py kernels --out docs/benchmarks/train_kernels.json
+python scripts/bench_train.py layers --config CONFIG.json --out docs/benchmarks/train_layers13.json
+python scripts/bench_train.py whole --config CONFIG.json --out docs/benchmarks/train_whole.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qat.train.bench.run import Shape, bench_kernels, bench_layers, bench_whole, markdown
+
+
+def main() -> None:
+    """Run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("kernels", "layers", "whole"))
+    parser.add_argument("--config", type=Path, help="config.json of a Nemotron-H checkpoint; weights are random")
+    parser.add_argument("--out", type=Path, required=True, help="JSON")
+    parser.add_argument("--layers", type=int, default=13, help="how many layers of it")
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 1])
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=5, help="of four steps of each arm, one of ModelOpt's")
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        default=[
+            "attention:4:2048:no:20",
+            "attention:8:2048:yes:20",
+            "experts:4:2048:no:20",
+            "experts:8:2048:yes:20",
+            "distillation:8:2048:yes:20",
+        ],
+        help="of the whole model, NAME:BATCH:LENGTH:RECOMPUTATION:STEPS; `packed` needs a call of its own",
+    )
+    args = parser.parse_args()
+    if args.what == "kernels":
+        bench_kernels(args.out)
+    elif args.what == "layers":
+        bench_layers(args.config, args.out, args.layers, [(batch, args.length) for batch in args.batch], args.rounds)
+    else:
+        bench_whole(args.config, args.out, [Shape.parse(text) for text in args.arms])
+    if args.what != "kernels":
+        print(markdown([args.out]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qat.errors import UserError
+from qat.recipe.schema import Recipe
+from qat.train import before
+from qat.train.before import packed_by, require_fits, require_trained_share
+from qat.train.memory import Estimate, Need
+from qat.train.sft import RowCounts, train_sft
+from tests.unit.train import world
+from tests.unit.train.conftest import Small
+
+
+def _with(recipe: Recipe, **train: object) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(
+    small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = world.recipe(small.base)
+    monkeypatch.setattr(before, "_free_bytes", lambda: 1e6)
+    monkeypatch.setattr("qat.train.sft.load_weights", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("qat.train.sft.encode_file", lambda *_: pytest.fail("it was read"))
+    with pytest.raises(UserError, match="does not fit into memory") as caught:
+        train_sft(recipe, small.base, small.train, small.validation, tmp_path)
+    assert caught.value.where == "train.sft"
+    assert require_fits(_with(recipe, allow=("memory",)), small.base, "sft", [], [])["total"] > 0
+
+
+def test_what_is_estimated_follows_the_recipe(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Need] = []
+
+    def note(config: object, need: Need, *_: object) -> Estimate:
+        asked.append(need)
+        return Estimate(0, 0, 0, 0, 0, 0)
+
+    monkeypatch.setattr(before, "require_memory", note)
+    recipe = _with(world.recipe(small.base), memory="nvfp4", gradient_checkpointing=True)
+    packed = packed_by(recipe, small.base)
+    assert len(packed) == 14 and packed_by(world.recipe(small.base), small.base) == []
+    require_fits(recipe, small.base, "sft", packed, [])
+    require_fits(world.recipe(small.base), small.base, "distill", [], packed)
+    first, second = asked
+    assert (first.memory, list(first.packed), first.checkpointing, first.teacher) == ("nvfp4", packed, True, False)
+    assert (first.batch_size, first.length, first.rank, list(first.quantized)) == (4, 64, 4, [])
+    assert (second.memory, second.checkpointing, second.teacher, list(second.quantized)) == (
+        "bf16",
+        False,
+        True,
+        packed,
+    )
+
+
+def test_several_processes_do_not_share_a_packed_base(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "ranks", lambda: 2)
+    with pytest.raises(UserError, match="on one GPU"):
+        require_fits(world.recipe(small.base), small.base, "sft", ["backbone.layers.0.mixer.in_proj"], [])
+
+
+@pytest.mark.parametrize(("supervised", "refused"), [(199, True), (200, False)])
+def test_a_mask_that_trains_next_to_nothing(small: Small, supervised: int, refused: bool) -> None:
+    recipe = world.recipe(small.base)
+    counts = RowCounts(conversations=10, tokens=10_000, supervised=supervised, truncated=3, dropped=50)
+    if not refused:
+        require_trained_share(recipe, counts, small.train)
+        return
+    with pytest.raises(UserError, match=r"1\.99% of the tokens") as caught:
+        require_trained_share(recipe, counts, small.train)
+    assert "3 rows cut at 64 tokens" in str(caught.value.value)
+    require_trained_share(_with(recipe, allow=("thin_mask",)), counts, small.train)
+
+
+def test_fine_tuning_asks_for_both(small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(before, "LEAST_TRAINED_SHARE", 0.99)
+    with pytest.raises(UserError, match="would be trained on"):
+        train_sft(world.recipe(small.base), small.base, small.train, small.validation, tmp_path)
