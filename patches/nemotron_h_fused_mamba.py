@@ -58,7 +58,7 @@ class NemotronHFusedMamba:
             mixer.out_proj.register_forward_hook(lambda *_: called.append(True))
             try:
                 mixer(torch.zeros(1, 16, config.hidden_size, device=device))
-            except (RuntimeError, AssertionError) as error:
+            except (RuntimeError, AssertionError, TypeError) as error:
                 return ProbeResult(Status.CANNOT_TELL, f"the mixer does not run: {str(error).splitlines()[0]}")
         if not called:
             return ProbeResult(Status.NEEDED, "a training forward does not call out_proj")

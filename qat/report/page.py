@@ -38,7 +38,9 @@ class ArmRow(NamedTuple):
     difference: str
     difference_interval: str
     kl: str
+    suite_kl: str
     top1: str
+    other_experts: str
     size: str
     seconds: str
     note: str
@@ -161,6 +163,9 @@ def _arm_row(contents: Contents, arm: Mapping[str, Any]) -> ArmRow:
         (row for row in contents.verdict.get("comparisons", ()) if row.get("arm") == name), {}
     )
     drift = contents.divergence.get(name) or {}
+    router = drift.get("router") or {}
+    stage = contents.stages.get(f"behavior/{name}", {})
+    on_suite = stage.get("notes", {}).get("divergence") or {}
     low, high = comparison.get("ci_low"), comparison.get("ci_high")
     roles = [role for role in ("candidate", "reference") if contents.gate.get(role) == name]
     return ArmRow(
@@ -175,9 +180,11 @@ def _arm_row(contents: Contents, arm: Mapping[str, Any]) -> ArmRow:
         difference=points(comparison.get("difference")),
         difference_interval="" if low is None or high is None else f"{points(low)} to {points(high)}",
         kl=MISSING if drift.get("kl") is None else f"{drift['kl']:.4f}",
+        suite_kl="" if on_suite.get("kl") is None else f"{on_suite['kl']:.4f}",
         top1=percent(drift.get("top1")),
+        other_experts="" if router.get("changed") is None else percent(router["changed"]),
         size=size(contents.sizes.get(name)),
-        seconds=duration(contents.stages.get(f"behavior/{name}", {}).get("seconds")),
+        seconds=duration(stage.get("seconds")),
         note=str(rate.get("reason") or comparison.get("reason") or ""),
     )
 

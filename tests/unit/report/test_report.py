@@ -75,7 +75,7 @@ def test_shows_the_numbers_of_the_run(run_folder: Path) -> None:
     assert "INCONCLUSIVE" in page.text and "more cases or seeds are needed" in page.text
     # 114 of 120: Wilson at 95 % is 89.5 to 97.7 (statsmodels' proportion_confint gives 0.89520 and 0.97689).
     shown = "nvfp4_all_qad candidate distilled all 95.0 % 89.5 to 97.7"
-    shown += " 120 −2.5 −6.5 to +0.5 0.0079 98.1 % 2.6 MB 1 min 01 s"
+    shown += " 120 −2.5 −6.5 to +0.5 0.0079 suite 0.0091 98.1 % 3.1 % other experts 2.6 MB 1 min 01 s"
     assert page.row("nvfp4_all_qad") == shown
     assert page.row("base") == "base base 17.5 % 11.7 to 25.3 120 −80.0 −84.0 to −77.0 – – – 1 min 01 s"
     assert "114 of 120" in page.text
