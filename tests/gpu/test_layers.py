@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+pytest.importorskip("triton", reason="no Triton, which comes with CUDA builds of torch")
+
 from qat.quant.experts import sort_by_expert
 from qat.quant.kernels import convolution, norm, routing
 from tests.tiny_models import nemotron_h_tiny, token_ids

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="no Triton, which comes with CUDA builds of torch")
+
 from qat.quant import nvfp4
 from qat.quant.effective import effective_weight
 from qat.quant.kernels import nvfp4 as kernels

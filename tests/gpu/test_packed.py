@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="no Triton, which comes with CUDA builds of torch")
+
 from qat.quant.kernels.unpack import unpack
 from qat.quant.nvfp4 import dequantize
 from qat.quant.packed import PackedWeight, add_low_rank_, pack, packed_parameter
