@@ -22,6 +22,7 @@ from qat.behavior.gate import judge
 from qat.behavior.records import CaseResult, read_results
 from qat.behavior.runner import run_suite
 from qat.behavior.suite import load_suite
+from qat.errors import UserError
 from qat.recipe.schema import BehaviorBlock, GateBlock
 from qat.serve import engine
 from tests.unit.behavior.test_runner import Quiet
@@ -65,8 +66,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`qat serve` as the tutorial says it, at a free port."""
     try:
         engine.engine_python()
-    except Exception as problem:
-        pytest.skip(str(problem))
+    except UserError as fault:
+        if os.environ.get("CI"):  # there, a missing environment is a missing step of the setup
+            raise
+        pytest.skip(f"no vLLM environment: {fault}")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     [command] = [line for line in COMMANDS if line.startswith("qat serve")]
