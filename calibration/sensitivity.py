@@ -7,6 +7,7 @@ that group's price. Ranges stay those of the unquantized network, as in a calibr
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from qat.train.persona import load_persona, standing_on
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from qat.recipe.schema import Recipe
 
@@ -130,11 +132,13 @@ def measure(
     calibrating = _rows(train, recipe.quant.calibration.samples, recipe.seed)
     persona = load_persona(base, persona_adapter, sha256)
     references = make_references(persona, replies)
+    loaded: PreTrainedModel | None = persona
+    del persona
     kinds, groups = kinds_of_groups(config), servable_groups(config)
     scores: dict[str, list[Score]] = {"kinds": [], "groups": []}
     tokens = sum(int((reference.batch.targets != IGNORED).sum()) for reference in references)
-    for place, kind in enumerate(formats):
-        model = persona if place == 0 else load_persona(base, persona_adapter, sha256)
+    for kind in formats:
+        model = load_persona(base, persona_adapter, sha256) if loaded is None else loaded
         able = {linear.name for linear in linears(config) if kind != FP8 or linear.role != "experts"}
         modelopt.insert_quantizers(model, Preset(f"all_{kind}", dict.fromkeys(able, kind)), config)
         set_ranges(model, recipe.quant.calibration, train, calibrating, kind)
@@ -147,6 +151,10 @@ def measure(
         )
         for part, found in measured.items():
             scores[part] += found
+        # The quantizers of one format cannot become another's, and two networks need not fit into memory.
+        del model
+        loaded = None
+        gc.collect()
     return Sensitivity(
         kinds=scores["kinds"],
         groups=scores["groups"],

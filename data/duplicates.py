@@ -1,9 +1,9 @@
-"""Equal and nearly equal user turns, within one set and between two.
+"""Equal and nearly equal texts (user turns, replies, whole conversations), within one set and between two.
 
-Two turns are equal when they are so after `normalise_turn` (case, punctuation and white space do not count), and
+Two texts are equal when they are so after `normalise_turn` (case, punctuation and white space do not count), and
 nearly equal when the Jaccard similarity of their sets of character 4-grams reaches a threshold. All pairs are found,
 none by chance: the prefix filter of Chaudhuri, Ganti and Kaushik (ICDE 2006) only leaves out pairs that cannot reach
-it. Sets too large for that are for `minhash`.
+it. Sets too large for that are for `minhash`. A family is what such pairs hold together, link by link.
 """
 
 from __future__ import annotations
@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import regex
+from numpy.typing import NDArray
 
 NEAR = 0.8
 """Jaccard similarity from which two turns count as nearly equal."""
+
+OWN_FROM = 20
+"""Characters from which a reply is somebody's own; shorter ones ("Your reminder is set") are rightly given often."""
 
 _GRAM = 4
 
@@ -49,6 +54,40 @@ def user_turns(conversation: Mapping[str, Any]) -> list[str]:
     return [message["content"] for message in conversation["messages"] if message["role"] == "user"]
 
 
+class Families:
+    """Positions held together by pairs, link by link (union by the lower position, paths halved).
+
+    Args:
+        count: Of the positions; each begins as a family of its own.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._parents = list(range(count))
+
+    def join(self, first: int, second: int) -> None:
+        """Make one family of two positions'."""
+        mine, other = self._root(first), self._root(second)
+        self._parents[max(mine, other)] = min(mine, other)
+
+    def together(self, first: int, second: int) -> bool:
+        """Whether two positions are of one family."""
+        return self._root(first) == self._root(second)
+
+    def _root(self, position: int) -> int:
+        parents = self._parents
+        while (parent := parents[position]) != position:
+            parents[position] = parents[parent]
+            position = parent
+        return position
+
+    def roots(self) -> NDArray[np.intp]:
+        """The lowest position of each one's family, (count,)."""
+        roots = np.array(self._parents, np.intp)
+        while not np.array_equal(further := roots[roots], roots):
+            roots = further
+        return roots
+
+
 def near_pairs(turns: Sequence[str], threshold: float = NEAR) -> list[Pair]:
     """Find all pairs of distinct normalised turns that are nearly equal.
 
@@ -59,23 +98,34 @@ def near_pairs(turns: Sequence[str], threshold: float = NEAR) -> list[Pair]:
     Returns:
         The pairs with `first < second` by position, most similar first.
     """
+    return sorted(each_pair(turns, threshold), key=lambda pair: (-pair.similarity, pair.first, pair.second))
+
+
+def each_pair(turns: Sequence[str], threshold: float = NEAR, families: Families | None = None) -> Iterator[Pair]:
+    """The pairs of `near_pairs`, one after the other, in the order of the turns' lengths.
+
+    Args:
+        turns: Turns, normalised and distinct.
+        threshold: Least Jaccard similarity, in (0, 1].
+        families: Joined by each pair; a pair of one family is left out, as it links nothing.
+    """
     sets = [grams(turn) for turn in turns]
     frequency = Counter(gram for each in sets for gram in each)
     ordered = [_rare_first(each, frequency) for each in sets]
     index: dict[str, list[int]] = defaultdict(list)
-    pairs = []
     for second in sorted(range(len(turns)), key=lambda position: (len(sets[position]), position)):
         size = len(sets[second])
         prefix = ordered[second][: _prefix_length(size, threshold)]
         for first in {position for gram in prefix for position in index[gram]}:
-            if len(sets[first]) < threshold * size:
+            if len(sets[first]) < threshold * size or (families is not None and families.together(first, second)):
                 continue
             similarity = jaccard(sets[first], sets[second])
             if similarity >= threshold:
-                pairs.append(Pair(min(first, second), max(first, second), similarity))
+                if families is not None:
+                    families.join(first, second)
+                yield Pair(min(first, second), max(first, second), similarity)
         for gram in prefix:
             index[gram].append(second)
-    return sorted(pairs, key=lambda pair: (-pair.similarity, pair.first, pair.second))
 
 
 class NearIndex:

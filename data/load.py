@@ -1,9 +1,9 @@
 """Reading conversations of any known form, with every fault of a source reported at once, and writing JSONL.
 
 What is repaired on the way in, because the meaning is certain: arguments written as a JSON string become a mapping,
-`content: null` beside tool calls becomes an empty text, keys whose value is null are dropped, and calls without ids
-get one (results then belong to the calls in order). Everything else that is not as it should be is a fault; nothing is
-skipped.
+`content: null` beside tool calls becomes an empty text, content in text parts becomes one text, keys whose value is
+null are dropped, and calls without ids get one (results then belong to the calls in order). Everything else that is
+not as it should be is a fault; nothing is skipped.
 """
 
 from __future__ import annotations
@@ -93,13 +93,13 @@ def load_conversations(path: str | Path, form: Form | None = None) -> list[Conve
             reason.
     """
     source = Source(path)
-    form = form or form_of(source)
+    form, stems = form or form_of(source), source.stems
     conversations: list[Conversation] = []
     faults: list[str] = []
     places_of_ids: dict[str, str] = {}
     for entry in source:
         place = source.place(entry.file, entry.number)
-        conversation, problems, _ = read_entry(entry, form, stem=source.files[entry.file].stem)
+        conversation, problems, _ = read_entry(entry, form, stem=stems[entry.file])
         if conversation is not None:
             first = places_of_ids.setdefault(conversation["id"], place)
             if first != place:
@@ -194,6 +194,9 @@ def normalise(record: Any, *, default_id: str) -> list[str]:
     if "tools" in record:
         faults += _faults_of_tools(json.dumps(record["tools"]))
     messages = record.get("messages")
+    if messages is None:
+        keys = ", ".join(sorted(set(record) - {"id", "category"})) or "none"
+        return [f"messages is missing (read in OpenAI's form, which this is not); keys of the record: {keys}"]
     if not isinstance(messages, list) or not messages:
         return [*faults, "messages is missing, empty or no list"]
     shapes = [fault for position, message in enumerate(messages) for fault in _message_faults(position, message)]
@@ -224,6 +227,10 @@ def _message_faults(position: int, message: Any) -> list[str]:
     if role == "assistant" and "tool_calls" in message:
         message.setdefault("content", "")
         faults += _tool_call_faults(where, message["tool_calls"])
+    if isinstance(message.get("content"), list):
+        message["content"], unreadable = _joined_parts(message["content"])
+        if unreadable:
+            return [*faults, f"{where} ({role}): {unreadable}"]
     for key in ("content", "name", "reasoning_content", "tool_call_id"):
         if not isinstance(message.get(key, ""), str):
             faults.append(f"{where} ({role}): {key} is {kind_of(message[key])}, not a text")
@@ -237,6 +244,15 @@ def _message_faults(position: int, message: Any) -> list[str]:
     ):
         faults.append(f"{where}: the {role} message is empty")
     return faults
+
+
+def _joined_parts(parts: Sequence[Any]) -> tuple[str, str]:
+    """Content in OpenAI's parts as one text, joined by line breaks as vLLM does; or what part cannot be read."""
+    for position, part in enumerate(parts):
+        if not isinstance(part, dict) or part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            shown = ", ".join(part) if isinstance(part, dict) else kind_of(part)
+            return "", f"content[{position}] is no text part {{type: text, text: …}} but {shown}"
+    return "\n".join(part["text"] for part in parts), ""
 
 
 def _tool_call_faults(where: str, calls: Any) -> list[str]:

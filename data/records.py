@@ -6,13 +6,16 @@ file), so that whoever finds a fault in it can say where.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qat.errors import UserError
+from qat.receipt import sha256_file
 
 _READ = 1 << 20
 _ROWS = 256
@@ -42,6 +45,7 @@ class Source:
     Attributes:
         path: As given.
         files: What is read, in order.
+        names: Their names, below the folder where it is one.
         table: Whether the records are rows of tables.
 
     Raises:
@@ -51,6 +55,8 @@ class Source:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.files = _files_of(self.path)
+        inside = self.files != [self.path]
+        self.names = [Path(os.path.relpath(file, self.path)).as_posix() if inside else file.name for file in self.files]
         self.table = self.files[0].suffix in _TABLES
 
     def __iter__(self) -> Iterator[Entry]:
@@ -66,9 +72,28 @@ class Source:
         """Size of all files."""
         return sum(file.stat().st_size for file in self.files)
 
+    @property
+    def stems(self) -> tuple[str, ...]:
+        """For each file what ids of its records begin with; with its folder where two files have one name."""
+        short = [file.stem for file in self.files]
+        return tuple(short if len(set(short)) == len(short) else (name.rpartition(".")[0] for name in self.names))
+
+    def sha256(self) -> str:
+        """SHA-256 of what is read, in hexadecimal.
+
+        Of a file its bytes; of a folder the lines `<name>NUL<SHA-256 of the file>` of all files that are read, in the
+        order of their names below the folder, each with a line break.
+        """
+        if self.files == [self.path]:
+            return sha256_file(self.path)
+        digest = hashlib.sha256()
+        for name, file in sorted(zip(self.names, self.files, strict=True)):
+            digest.update(f"{name}\0{sha256_file(file)}\n".encode())
+        return digest.hexdigest()
+
     def place(self, file: int, number: int) -> str:
-        """A place in words: `line 7`, or `train.parquet row 7` where there are several files or rows."""
-        name = f"{self.files[file].name} " if len(self.files) > 1 or self.table else ""
+        """A place in words: `line 7`, or `data/train.parquet row 7` where there are several files or rows."""
+        name = f"{self.names[file]} " if len(self.files) > 1 or self.table else ""
         return f"{name}{'row' if self.table else 'line'} {number}"
 
 

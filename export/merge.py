@@ -20,6 +20,7 @@ from qat.errors import UserError
 from qat.export.shards import TORCH_DTYPES, TensorEntry
 from qat.quant.effective import effective_weight
 from qat.quant.packed import through_nvfp4
+from qat.train.base import training_device
 
 _EXPERT_WEIGHT = re.compile(r"(?P<experts>.+\.experts)\.(?P<expert>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -131,6 +132,9 @@ def effective(
 ) -> Tensor:
     """Compute a module's effective weight: every adapter in order, one rounding to the weight's dtype for each.
 
+    On a GPU, where there is one, as in training: its sums run in another order than a CPU's, and round otherwise in up
+    to one of a thousand values.
+
     Args:
         module: The module.
         read: Reads one tensor of the base checkpoint by name.
@@ -138,7 +142,7 @@ def effective(
         packed: The adapters were trained on the module in NVFP4: they are added to what that unpacks to.
 
     Returns:
-        The weight that the forward uses (before quantization), in the base's shape and dtype.
+        The weight that the forward uses (before quantization), in the base's shape and dtype, on the CPU.
 
     Raises:
         UserError: The result is not finite.
@@ -147,7 +151,9 @@ def effective(
     if packed:
         weight = through_nvfp4(weight)
     for delta in deltas:
-        weight = effective_weight(weight, delta.a, delta.b, delta.scale)
+        w, a, b = (tensor.to(training_device()) for tensor in (weight, delta.a, delta.b))
+        weight = effective_weight(w, a, b, delta.scale)
+    weight = weight.cpu()
     if not torch.isfinite(weight).all():
         raise UserError(
             "A weight is not finite after the adapters were applied.",

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from qat.artifacts import distilled, fine_tuned, modes, quant_state, trained, trained_by
+from qat.data.records import Source
 from qat.errors import UserError
 from qat.inputs import (
     accepted_faults,
@@ -116,11 +118,16 @@ def judge(run: Run) -> Verdict:
 
 
 def give_memory_back() -> None:
-    """Return freed memory to the system before a server starts beside this process.
+    """Return freed memory to the system and to the GPU, before a stage or a server starts.
 
-    glibc keeps what training freed (gigabytes of activations) in its arenas; elsewhere there is no such call to make.
+    A trained network and its loop refer to each other in circles, which only a collection frees, and two networks of
+    30B do not fit beside each other. What torch's cache and glibc's arenas keep of it (gigabytes of activations) counts
+    as taken for everybody else; other systems than glibc's have no such call to make.
     """
     gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -135,50 +142,59 @@ def data(run: Run) -> None:
         UserError: The audit found faults; `data/audit.json` holds them all.
     """
     recipe = run.recipe
-    block, base = recipe.data, base_folder(recipe)
-    source = None if block.source == "generated" else sha256_file(Path(block.source))
+    block = recipe.data
+    source = None if block.count is not None else Source(block.source)
     inputs = {
         "data": block.model_dump(mode="json"),
-        "source_sha256": source,
+        "source_sha256": None if source is None else source.sha256(),
         "persona_sha256": sha256_file(persona_file(recipe)),
         "tokenizer": tokenizer_identity(recipe),
     }
     with run.stage("data", inputs=inputs, outputs=[TRAIN_FILE, VALIDATION_FILE, AUDIT_FILE], work=["data"]) as stage:
         if stage.done:
             return
-        from qat.data.audit import audit
         from qat.data.generate import conversations as generate
         from qat.data.load import load_conversations, save_conversations
         from qat.data.schema import load_persona
-        from qat.train.base import load_tokenizer
 
-        persona = load_persona(recipe.persona)
         if block.count is None:
             conversations = load_conversations(block.source)
         else:
             # Through the file and back: generated conversations pass the same checks as anybody's.
             everything = run.path("data", "conversations.jsonl")
-            made = generate(persona, block.count, block.seed)
+            made = generate(load_persona(recipe.persona), block.count, block.seed)
             save_conversations(everything, cast("list[Conversation]", made))
             conversations = load_conversations(everything)
             everything.unlink()
-        tokenizer = load_tokenizer(recipe.base, base)
-        demands, accepted = demands_on_replies(recipe), accepted_faults(block.accept)
-        findings = audit(conversations, persona, tokenizer, block.max_length, demands, accepted)
-        write_json(run.path(AUDIT_FILE), findings.to_json())
-        if findings.faults:
-            shown = "\n          ".join(str(fault) for fault in list(findings.faults)[:5])
-            raise UserError(
-                f"the conversations have {len(findings.faults)} faults",
-                where=str(run.path(AUDIT_FILE)),
-                value=shown,
-                remedy="mend the data (`qat data audit` shows all of them), or name what to accept in data.accept",
-            )
+        _require_sound(run, conversations, AUDIT_FILE, accepted_faults(block.accept))
         training, validation = split(conversations, block.validation_fraction, block.seed)
         save_conversations(run.path(TRAIN_FILE), training)
         save_conversations(run.path(VALIDATION_FILE), validation)
         stage.note(conversations=len(conversations), training=len(training), validation=len(validation))
+        if source is not None:
+            stage.note(source_files=source.names)
         stage.note(patches=avoided(*AROUND["data"]))
+
+
+def _require_sound(run: Run, conversations: list[Conversation], name: str, accepted: Collection[str]) -> None:
+    """Audit conversations against the persona and the suite; all findings are kept in the run's folder."""
+    from qat.data.audit import audit
+    from qat.data.schema import load_persona
+    from qat.train.base import load_tokenizer
+
+    recipe = run.recipe
+    persona, tokenizer = load_persona(recipe.persona), load_tokenizer(recipe.base, base_folder(recipe))
+    demands = demands_on_replies(recipe)
+    findings = audit(conversations, persona, tokenizer, recipe.data.max_length, demands, accepted)
+    write_json(run.path(name), findings.to_json())
+    if findings.faults:
+        shown = "\n          ".join(str(fault) for fault in list(findings.faults)[:5])
+        raise UserError(
+            f"the conversations have {len(findings.faults)} faults",
+            where=str(run.path(name)),
+            value=shown,
+            remedy="mend the data (`qat data audit` shows all of them), or name what to accept in data.accept",
+        )
 
 
 def sft(run: Run, processes: Processes = ONE) -> None:
@@ -215,6 +231,7 @@ def calibrate(run: Run, preset: str) -> None:
             return
         from qat.calibration import calibrate as calibrate_persona
 
+        give_memory_back()
         result = calibrate_persona(
             recipe, preset, base_folder(recipe), fine_tuned(run), run.path(TRAIN_FILE), run.path(folder)
         )
@@ -238,6 +255,7 @@ def sensitivity(run: Run, formats: Sequence[str], conversations: int) -> None:
             return
         from qat.calibration.sensitivity import measure
 
+        give_memory_back()
         base, train, held_out = base_folder(recipe), run.path(TRAIN_FILE), _held_out(run)
         measured = measure(recipe, base, fine_tuned(run), train, held_out, formats=formats, conversations=conversations)
         write_json(run.path(SENSITIVITY), measured.to_json())
@@ -253,15 +271,39 @@ def distill(run: Run, preset: str, processes: Processes = ONE) -> None:
         "distill": recipe.train.distill.model_dump(mode="json", exclude={"adapter"}),
         "seed": recipe.seed,
     }
+    replies = recipe.train.distill.replies
+    written = None if replies is None or replies.file is None else Source(replies.file)
+    if written is not None:
+        inputs["replies_sha256"] = written.sha256()
     outputs = [f"{folder}/{trained(recipe)}", f"{folder}/quant_state.safetensors"]
     needs = ["sft", f"calibrate/{preset}"]
     with run.stage(f"distill/{preset}", inputs=inputs, outputs=outputs, needs=needs, work=[folder]) as stage:
         if stage.done:
             return
+        if written is not None:
+            _audit_replies(run, written, f"{folder}/replies.audit.json")
         state = run.path("calibration", preset, "quant_state.safetensors")
         paths = base_folder(recipe), fine_tuned(run), state, *_lessons(run, folder), run.path(folder)
+        give_memory_back()
         done = run_stage("distill", recipe, paths, processes)
+        if done.report["loop"]["best_step"] == 0:
+            run.say(
+                f"[distill/{preset}] no step came below plain NVFP4 on the held-out replies: what is kept is untrained "
+                "and the same as a ptq arm. Try another train.distill.learning_rate, or more steps and rows"
+            )
         stage.note(**done.report, patches=done.patches)
+
+
+def _audit_replies(run: Run, source: Source, name: str) -> None:
+    """Audit a file of the persona's replies as training data is audited, prompt, tools and leaks.
+
+    Not what it says: the student is to say the same, also where that fails a check of the suite.
+    """
+    from qat.behavior.checks import check_names
+    from qat.data.load import load_conversations
+
+    accepted = accepted_faults(run.recipe.data.accept) | frozenset(check_names())
+    _require_sound(run, load_conversations(source.path), name, accepted)
 
 
 def _lessons(run: Run, folder: str) -> tuple[Path, Path]:
@@ -303,6 +345,7 @@ def divergence(run: Run) -> None:
             return
         from qat.train.divergence import measure
 
+        give_memory_back()
         states = {arm.name: (distilled(run, arm), quant_state(run, arm)) for arm in arms}
         rows = _held_out(run)
         measured = measure(recipe, base_folder(recipe), fine_tuned(run), states, rows)

@@ -122,17 +122,19 @@ def base_identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def require_presets(recipe: Recipe) -> None:
-    """Check that the recipe's own presets fit the base, before anything is trained.
+    """Check that the presets of the recipe fit the base, before anything is trained.
 
     Raises:
-        UserError: A pattern matches no module, or a module cannot be stored as asked.
+        UserError: The base's modules are not known here, a pattern matches none of them, or a module cannot be stored
+            as asked.
     """
     from qat.quant.presets import preset_of
 
-    if recipe.quant.presets:
+    names = tuple(dict.fromkeys((*recipe.presets, *recipe.quant.presets)))
+    if names:
         config = json.loads((base_folder(recipe) / "config.json").read_text(encoding="utf-8"))
-        for name in recipe.quant.presets:
-            preset_of(name, recipe.quant.presets, config)
+        for name in names:
+            preset_of(name, recipe.quant.presets, config).formats(config)
 
 
 def tokenizer_identity(recipe: Recipe) -> dict[str, Any]:

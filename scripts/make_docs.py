@@ -1,8 +1,8 @@
-"""Write docs/recipe.md from the recipe's schema, and docs/troubleshooting.md from the known defects.
+"""Write docs/recipe.md from the recipe's schema, docs/troubleshooting.md from the known defects, docs/checks.md.
 
-Run `python scripts/make_docs.py` after a change of `qat/recipe/schema.py`, of a shipped recipe, of what a module of
-`patches/` says about itself, or of `scripts/troubleshooting.template`; tests hold that the committed files are what
-this program writes.
+Run `python scripts/make_docs.py` after a change of `qat/recipe/schema.py`, of a shipped recipe, of what a behaviour
+check or a module of `patches/` says about itself, or of `scripts/troubleshooting.template`; tests hold that the
+committed files are what this program writes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from qat.behavior.reference import page as checks_page
 from qat.patches.protocol import Defect
 from qat.patches.registry import all_defects
 from qat.recipe.schema import Recipe
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "docs" / "recipe.md"
 LIBRARY = ROOT / "qat" / "recipe" / "library"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
+CHECKS = ROOT / "docs" / "checks.md"
 TEMPLATE = ROOT / "scripts" / "troubleshooting.template"
 
 HEAD = """# Recipe reference
@@ -174,7 +176,8 @@ def _prose(text: str) -> str:
 
 def main() -> None:
     """Write the files."""
-    for target, text in ((TARGET, render()), (TROUBLESHOOTING, render_troubleshooting())):
+    pages = ((TARGET, render()), (TROUBLESHOOTING, render_troubleshooting()), (CHECKS, checks_page()))
+    for target, text in pages:
         target.write_text(text, encoding="utf-8")
         print(f"wrote {target.relative_to(ROOT)}")
 

@@ -1,6 +1,6 @@
 """Measure what the statistics promise and publish it: docs/benchmarks/statistics.json and statistics.md.
 
-Run `python scripts/measure_statistics.py`; a few minutes on one core. `--runs` sets the simulated suites per cell.
+Run `python scripts/measure_statistics.py`; half an hour on one core. `--runs` sets the simulated suites per cell.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy
 import scipy
 
-from qat.behavior.coverage import measure, page
+from qat.behavior.coverage import measure
+from qat.behavior.coverage_page import page
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "benchmarks"
 

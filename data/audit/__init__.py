@@ -17,7 +17,7 @@ from qat.data.audit.replies import Demands
 from qat.data.audit.stream import tallies
 from qat.data.audit.summary import summarise
 from qat.data.audit.tally import Tally
-from qat.data.audit.turns import TurnStore
+from qat.data.audit.texts import TextStores
 from qat.data.forms import Form
 from qat.data.load import form_of
 from qat.data.records import Source
@@ -57,9 +57,9 @@ def audit(
     tally = Tally()
     for number, conversation in enumerate(conversations):
         examiner.look(conversation, Place(0, number, conversation["id"]), tally)
-    with TurnStore() as store:
-        store.add(tally.turns)
-        return summarise(tally, store.numbers(), settings, lambda place: place.id or f"number {place.number}")
+    with TextStores() as stores:
+        stores.take(tally)
+        return summarise(tally, stores.numbers(), settings, lambda place: place.id or f"number {place.number}")
 
 
 def audit_source(
@@ -87,20 +87,18 @@ def audit_source(
     """
     form = form or form_of(source)
     whole = Tally()
-    with TurnStore() as store:
+    with TextStores() as stores:
         for tally in tallies(source, form, settings, workers):
-            store.add(tally.turns)
-            tally.turns.clear()
+            stores.take(tally)
             whole.merge(tally)
             if progress is not None:
                 progress.update(whole.numbers["bytes"])
-        turns = store.numbers() if settings.duplicates else None
+        texts = stores.numbers() if settings.duplicates else None
 
     def show(place: Place) -> str:
         where = source.place(place.file, place.number)
         return f"{where} ({place.id})" if place.id else where
 
-    report = summarise(whole, turns, settings, show)
-    files = [file.name for file in source.files]
-    report.numbers = {"source": {"path": str(source.path), "files": files, "form": form}, **report.numbers}
+    report = summarise(whole, texts, settings, show)
+    report.numbers = {"source": {"path": str(source.path), "files": source.names, "form": form}, **report.numbers}
     return report

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qat.data.audit.contract import Contract
 from qat.data.audit.findings import Place
-from qat.data.audit.replies import Demands, Replies
+from qat.data.audit.replies import Demands, Replies, recorded_replies
 from qat.data.audit.rows import Rows
 from qat.data.audit.tally import Tally, digest, pack
 from qat.data.duplicates import normalise_turn, user_turns
@@ -30,7 +31,7 @@ class Settings:
         max_length: Longest training row, in tokens.
         tokenizer: The base model's, with the chat template of training and serving.
         demands: What the suites demand of a reply, and what they ask.
-        duplicates: Whether repeated and nearly equal turns are looked for.
+        duplicates: Whether repeated and nearly equal turns, replies and conversations are looked for.
         accept: Codes of findings that do not forbid training.
     """
 
@@ -88,5 +89,21 @@ class Examiner:
         if self._duplicates:
             tally.bodies.append(digest(to_line({**conversation, "id": "", "category": ""})))
             tally.turns += [normalise_turn(turn) for turn in user_turns(conversation)]
+            said = (normalise_turn(reply.text) for reply in recorded_replies(conversation["messages"]))
+            tally.replies += [text for text in said if text]
+            tally.talks.append(_talk(conversation))
         if self._rows is not None:
             self._rows.check(conversation, place, tally)
+
+
+def _talk(conversation: Conversation) -> str:
+    """All that is said, called and returned in a conversation, normalised."""
+    parts = []
+    for message in conversation["messages"]:
+        if message["role"] == "system":
+            continue
+        parts.append(message["content"])
+        for call in message.get("tool_calls", ()):
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            parts.append(f"{call['function']['name']} {arguments}")
+    return normalise_turn(" ".join(parts))

@@ -1,4 +1,4 @@
-"""Every reply of the data as the suite would judge it, and the suite's questions looked for in the data."""
+"""Every reply of the data as the suite would judge it; the suite's questions and reference answers looked for in it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any, NamedTuple, Protocol
 
 from qat.data.audit.findings import Place
 from qat.data.audit.tally import Tally
-from qat.data.duplicates import NearIndex, normalise_turn, user_turns
+from qat.data.duplicates import OWN_FROM, NearIndex, normalise_turn, user_turns
 from qat.data.schema import Conversation, Message
 
 _LEAST_WORDS = 4
 """A question of fewer words ("thank you very much") belongs to nobody."""
+_SHOWN_CHARACTERS = 200
+_BELOW_ONE = 0.9999
+"""Two texts of the same 4-grams need not be the same text."""
 
 
 class Demands(Protocol):
@@ -33,6 +36,10 @@ class Demands(Protocol):
     def turns(self) -> tuple[tuple[str, str], ...]:
         """Case and question of every case."""
 
+    @property
+    def references(self) -> tuple[tuple[str, str], ...]:
+        """Case and reference answer of every case that has one."""
+
     def judge(
         self,
         produced: Sequence[Mapping[str, Any]],
@@ -44,6 +51,9 @@ class Demands(Protocol):
 
     def language(self, text: str) -> str | None:
         """The language of a text; None where it says too little."""
+
+    def words(self, text: str) -> int:
+        """How many words a text has."""
 
 
 class RecordedReply(NamedTuple):
@@ -60,6 +70,11 @@ class RecordedReply(NamedTuple):
     produced: list[Message]
     context: list[Message]
     tool_results: list[str]
+
+    @property
+    def text(self) -> str:
+        """All that is said in it."""
+        return " ".join(message["content"] for message in self.produced if message["content"])
 
 
 def recorded_replies(messages: Sequence[Message]) -> Iterator[RecordedReply]:
@@ -83,14 +98,14 @@ def recorded_replies(messages: Sequence[Message]) -> Iterator[RecordedReply]:
 
 
 class Replies:
-    """Judges replies and looks for the suites' questions."""
+    """Judges replies and looks for the suites' questions and reference answers."""
 
     def __init__(self, demands: Demands) -> None:
         self._demands = demands
         asked = {normalise_turn(text): case for case, text in demands.turns}
-        self._asked = {turn: case for turn, case in asked.items() if len(turn.split()) >= _LEAST_WORDS}
-        self._turns = list(self._asked)
-        self._near = NearIndex(self._turns)
+        self._asked = _Known({turn: case for turn, case in asked.items() if len(turn.split()) >= _LEAST_WORDS})
+        answers = {normalise_turn(text): case for case, text in demands.references}
+        self._answers = _Known({text: case for text, case in answers.items() if len(text) >= OWN_FROM})
 
     def check(self, conversation: Conversation, place: Place, tally: Tally) -> None:
         """Judge the replies of one conversation and count words and languages."""
@@ -101,17 +116,43 @@ class Replies:
             tally.numbers["replies_failing"] += bool(failures)
             for name, detail in failures:
                 tally.groups.add(name, place, f"messages[{reply.start}] {detail}", subject="reply")
-            text = " ".join(message["content"] for message in reply.produced if message["content"])
-            if text:
-                tally.histograms["reply_words"][len(text.split())] += 1
+            if text := reply.text:
+                tally.histograms["reply_words"][self._demands.words(text)] += 1
                 tally.tables["reply_languages"][self._demands.language(text) or "unknown"] += 1
+                if found := self._answers.nearest(normalise_turn(text)):
+                    detail = f"messages[{reply.start}] is like the reference of case {found[0]} ({found[1]:.2f})"
+                    tally.groups.add("reference_leak", place, detail)
         for turn in user_turns(conversation):
             tally.tables["user_languages"][self._demands.language(turn) or "unknown"] += 1
-            self._check_leak(normalise_turn(turn), turn, place, tally)
+            if found := self._asked.nearest(normalise_turn(turn)):
+                self._add_leak(turn, *found, place, tally)
 
-    def _check_leak(self, key: str, turn: str, place: Place, tally: Tally) -> None:
-        if key in self._asked:
-            tally.groups.add("leak", place, f"{turn!r} is case {self._asked[key]}")
-        elif found := self._near.nearest(key):
-            near = self._turns[found[0]]
-            tally.groups.add("near_leak", place, f"{turn!r} is like case {self._asked[near]} ({found[1]:.2f})")
+    def _add_leak(self, turn: str, case: str, similarity: float, place: Place, tally: Tally) -> None:
+        if similarity == 1.0:
+            tally.groups.add("leak", place, f"{_beginning(turn)!r} is case {case}")
+        else:
+            tally.groups.add("near_leak", place, f"{_beginning(turn)!r} is like case {case} ({similarity:.2f})")
+
+
+class _Known:
+    """Texts of a suite, in which those of the data are looked up.
+
+    Args:
+        cases: Normalised text to the case that it belongs to.
+    """
+
+    def __init__(self, cases: Mapping[str, str]) -> None:
+        self._cases = cases
+        self._texts = list(cases)
+        self._near = NearIndex(self._texts)
+
+    def nearest(self, key: str) -> tuple[str, float] | None:
+        """Case and similarity of the text that is most like a normalised one; 1 only for the same text."""
+        if key in self._cases:
+            return self._cases[key], 1.0
+        found = self._near.nearest(key)
+        return None if found is None else (self._cases[self._texts[found[0]]], min(found[1], _BELOW_ONE))
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"

@@ -36,7 +36,7 @@ def tallies(source: Source, form: Form, settings: Settings, workers: int | None 
     """
     if workers is None:
         workers = WORKERS if source.bytes >= _ALONE_BELOW else 0
-    stems = tuple(file.stem for file in source.files)
+    stems = source.stems
     if workers == 0:
         examiner = Examiner(settings, form, stems)
         yield from (examiner.read(piece) for piece in _pieces(source))

@@ -9,14 +9,13 @@ from typing import Any
 
 from qat.data.audit.examine import Settings
 from qat.data.audit.findings import SHOWN, AuditReport, Example, Finding, Group, Place, Show
+from qat.data.audit.repetition import repetition_findings, repetition_numbers
 from qat.data.audit.replies import Demands
 from qat.data.audit.tally import Tally, unpack
-from qat.data.audit.turns import TurnNumbers, repeats
+from qat.data.audit.texts import Kinds, repeats
 
 LEAST_SUPERVISED_SHARE = 0.05
 """Supervised tokens of all tokens; a published run trained 4 % of its tokens (the prompt filled the rest)."""
-LEAST_DISTINCT_SHARE = 0.95
-"""Distinct user turns of all user turns."""
 LEAST_CATEGORY_SHARE = 0.25
 """Of the even share (conversations / categories) that the smallest category should have."""
 
@@ -29,19 +28,19 @@ _LENGTH_BINS = 16
 _ROWS = "rows:"
 
 
-def summarise(tally: Tally, turns: TurnNumbers | None, settings: Settings, show: Show) -> AuditReport:
+def summarise(tally: Tally, texts: Kinds | None, settings: Settings, show: Show) -> AuditReport:
     """Make the report.
 
     Args:
         tally: Counts of the whole set.
-        turns: What the user turns are like; None where duplicates were not looked for.
+        texts: What repeats in the set; None where that was not looked for.
         settings: What was looked at.
         show: Says a place in words.
     """
-    findings = [*_faults(tally, settings, show), *_warnings(tally, turns, settings, show)]
+    findings = [*_faults(tally, settings, show), *_warnings(tally, texts, settings, show)]
     severity = {"fault": 0, "accepted": 1, "warning": 2}
     findings.sort(key=lambda finding: (severity[finding.severity], -finding.count))
-    return AuditReport(findings, _numbers(tally, turns, settings))
+    return AuditReport(findings, _numbers(tally, texts, settings))
 
 
 def _examples(group: Group, show: Show) -> tuple[tuple[str, str], ...]:
@@ -89,10 +88,11 @@ def _id_groups(tally: Tally, show: Show) -> list[tuple[tuple[str, str], Group]]:
     return [(("id", ""), group)] if group.count else []
 
 
-def _warnings(tally: Tally, turns: TurnNumbers | None, settings: Settings, show: Show) -> Iterator[Finding]:
+def _warnings(tally: Tally, texts: Kinds | None, settings: Settings, show: Show) -> Iterator[Finding]:
     rows, limit = _row_sums(tally), settings.max_length
     messages = {
         "near_leak": "{n} user turns are nearly questions of the suite",
+        "reference_leak": "{n} replies are equal or nearly equal to a reference answer of the suite",
         "truncated": f"{rows['cut_rows']} of {rows['rows']} rows are longer than {limit} tokens and are cut: "
         f"{rows['cut_turns']} assistant turns lose their end, {rows['lost_turns']} are lost",
         "history": "the chat template rewrites earlier turns of {n} conversations: each becomes one row per reply",
@@ -104,25 +104,10 @@ def _warnings(tally: Tally, turns: TurnNumbers | None, settings: Settings, show:
     if share < LEAST_SUPERVISED_SHARE:
         message = f"only {share:.1%} of the tokens are supervised ({rows['supervised']} of {rows['tokens']})"
         yield Finding("few_supervised", "warning", 1, message)
-    yield from _repeated(tally, turns, show)
+    yield from repetition_findings(tally, texts, show)
     yield from _lopsided(tally, settings)
     if unread := tally.tables["unread"]:
         yield Finding("unread", "warning", len(unread), f"keys that are not read: {', '.join(sorted(unread))}")
-
-
-def _repeated(tally: Tally, turns: TurnNumbers | None, show: Show) -> Iterator[Finding]:
-    if again := repeats(tally.bodies):
-        places = tuple(
-            (show(Place(*unpack(tally.places[later]), "")), f"as {show(Place(*unpack(tally.places[first]), ''))}")
-            for later, first in again[:SHOWN]
-        )
-        message = f"{len(again)} conversations repeat another one word for word"
-        yield Finding("repeated", "warning", len(again), message, places)
-    if turns is not None and turns.distinct < LEAST_DISTINCT_SHARE * turns.total:
-        most = ", ".join(f"{turn!r} {count} times" for turn, count in turns.frequent)
-        share = turns.distinct / turns.total
-        message = f"only {share:.1%} of the {turns.total} user turns are distinct ({most})"
-        yield Finding("repeated_turns", "warning", turns.total - turns.distinct, message)
 
 
 def _lopsided(tally: Tally, settings: Settings) -> Iterator[Finding]:
@@ -146,7 +131,7 @@ def _row_sums(tally: Tally) -> Counter[str]:
     return sums
 
 
-def _numbers(tally: Tally, turns: TurnNumbers | None, settings: Settings) -> dict[str, Any]:
+def _numbers(tally: Tally, texts: Kinds | None, settings: Settings) -> dict[str, Any]:
     conversations = len(tally.places)
     called = tally.tables["tools"]
     prompts = [group for (code, _), group in tally.groups.items() if code == "system_prompt"]
@@ -174,8 +159,8 @@ def _numbers(tally: Tally, turns: TurnNumbers | None, settings: Settings) -> dic
         numbers |= _token_numbers(tally)
     if settings.demands is not None:
         numbers["replies"] = _reply_numbers(tally, settings.demands)
-    if turns is not None:
-        numbers["user_turns"] = _turn_numbers(tally, turns)
+    if texts is not None:
+        numbers |= repetition_numbers(tally, texts)
     return numbers
 
 
@@ -191,18 +176,6 @@ def _reply_numbers(tally: Tally, demands: Demands) -> dict[str, Any]:
         "words": spread(tally.histograms["reply_words"]),
         "languages": dict(tally.tables["reply_languages"].most_common()),
         "user_languages": dict(tally.tables["user_languages"].most_common()),
-    }
-
-
-def _turn_numbers(tally: Tally, turns: TurnNumbers) -> dict[str, Any]:
-    return {
-        "total": turns.total,
-        "distinct": turns.distinct,
-        "distinct_share": round(turns.distinct / turns.total, 4) if turns.total else 1.0,
-        "near_duplicate_turns": turns.near,
-        "near_method": "every pair" if turns.exact else "MinHash, confirmed",
-        "near_examples": [list(example) for example in turns.near_examples],
-        "repeated_conversations": len(repeats(tally.bodies)),
     }
 
 

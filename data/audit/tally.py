@@ -1,7 +1,7 @@
 """What was counted in some conversations: sums of the same size for ten conversations and for a million.
 
 Only what must be compared across the whole set grows with it: three numbers of eight bytes a conversation, and the
-user turns, which the reader of the set puts on disk.
+texts, which the reader of the set puts on disk.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Tally:
         places: Packed place of every conversation, in order.
         ids: Hash of its id.
         bodies: Hash of its messages and tools.
-        turns: Normalised user turns, in order; taken out by whoever keeps them.
+        turns: Normalised user turns, in order; these and the following are taken out by whoever keeps them.
+        replies: Normalised texts of the replies that say something.
+        talks: Normalised text of every conversation, without its system prompt.
     """
 
     groups: Groups = field(default_factory=Groups)
@@ -47,6 +49,8 @@ class Tally:
     ids: array[int] = field(default_factory=lambda: array("Q"))
     bodies: array[int] = field(default_factory=lambda: array("Q"))
     turns: list[str] = field(default_factory=list)
+    replies: list[str] = field(default_factory=list)
+    talks: list[str] = field(default_factory=list)
 
     def merge(self, later: Tally) -> None:
         """Add what was counted in the conversations that follow."""
@@ -60,6 +64,8 @@ class Tally:
         self.ids.extend(later.ids)
         self.bodies.extend(later.bodies)
         self.turns.extend(later.turns)
+        self.replies.extend(later.replies)
+        self.talks.extend(later.talks)
 
 
 def pack(place: Place) -> int:

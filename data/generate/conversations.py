@@ -108,7 +108,9 @@ def _draw(persona: Persona, seed: int, held_out: bool) -> Draw:
         raise UserError(
             "the generator needs facts about the user that this persona does not hold",
             where=f"persona {persona.name}: facts", value=missing,
-            remedy="use a persona of the small world (annie_tiny) or bring your own JSONL",
+            remedy="the grammars know the small world alone (annie_tiny): let a teacher write a file, "
+            f"`qat data generate {persona.name}.jsonl --recipe RECIPE --teacher teacher.yaml` (docs/data.md), or bring "
+            f"your own; then add --set data.source={persona.name}.jsonl --set data.count=null",
         )  # fmt: skip
     return Draw(Random(f"{persona.name}/{seed}/{held_out}"), held_out, {k: str(v) for k, v in persona.facts.items()})
 

@@ -1,12 +1,13 @@
-"""Whether a user turn is new: neither equal nor nearly equal to one that the suite asks or the data holds already."""
+"""Whether a user turn is new, neither equal nor nearly so to one of the suite or the data, and a reply not worn out."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from qat.data.duplicates import NEAR, grams, jaccard, normalise_turn, user_turns
+from qat.data.duplicates import NEAR, OWN_FROM, grams, jaccard, normalise_turn, user_turns
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 
@@ -17,6 +18,40 @@ class Known(NamedTuple):
     source: str
     turn: str
     similarity: float
+
+
+class Phrases:
+    """Replies that were accepted, and how many of them say nearly what another one says."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[frozenset[str]] = Counter()
+
+    def take(self, replies: Iterable[str]) -> None:
+        """Enter replies."""
+        self._counts.update(found for reply in replies if (found := _phrase(reply)))
+
+    def alike(self, reply: str) -> int:
+        """How many entered replies are equal or nearly equal to this one; short ones are nobody's phrase: 0."""
+        ours = _phrase(reply)
+        return (
+            0
+            if ours is None
+            else sum(
+                count
+                for known, count in self._counts.items()
+                if _may_be_near(known, ours) and jaccard(known, ours) >= NEAR
+            )
+        )
+
+
+def _phrase(reply: str) -> frozenset[str] | None:
+    text = normalise_turn(reply)
+    return grams(text) if len(text) >= OWN_FROM else None
+
+
+def _may_be_near(first: frozenset[str], second: frozenset[str]) -> bool:
+    """Jaccard similarity is at most the ratio of the sizes: most pairs need no intersection."""
+    return min(len(first), len(second)) >= NEAR * max(len(first), len(second))
 
 
 class Novelty:
@@ -44,8 +79,7 @@ class Novelty:
         for turn in turns:
             ours = grams(normalise_turn(turn))
             for known, (source, text) in zip(self._grams, self._known, strict=True):
-                # Jaccard similarity is at most the ratio of the sizes: most pairs need no intersection.
-                if min(len(known), len(ours)) < NEAR * max(len(known), len(ours)):
+                if not _may_be_near(known, ours):
                     continue
                 similarity = jaccard(known, ours)
                 if similarity >= NEAR and (best is None or similarity > best.similarity):

@@ -1,4 +1,4 @@
-"""The tiny base model's tokenizer: a byte-level BPE of 3,072 pieces trained on the project's own corpus."""
+"""The small bases' tokenizer: a byte-level BPE, for the tiny base 3,072 pieces trained on the project's own corpus."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ TAGS = (
 TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
-def train_tokenizer(texts: Iterable[str]) -> Any:
-    """Train the tokenizer; returns a `PreTrainedTokenizerFast` with the chat template set."""
+def train_tokenizer(texts: Iterable[str], size: int = VOCAB_SIZE) -> Any:
+    """Train the tokenizer; returns a `PreTrainedTokenizerFast` of `size` pieces with the chat template set."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -30,7 +30,7 @@ def train_tokenizer(texts: Iterable[str]) -> Any:
     )
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(TAGS), special_tokens=list(CONTROL),
+        vocab_size=size - len(TAGS), special_tokens=list(CONTROL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         min_frequency=2, show_progress=False,
     )  # fmt: skip

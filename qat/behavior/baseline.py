@@ -125,7 +125,8 @@ def make_baseline(name: str, results: Path, suite: Suite) -> Baseline:
         suite: The suite that it answers.
 
     Raises:
-        UserError: A name that cannot be a file's; results without a description, of another suite, or with errors.
+        UserError: A name that cannot be a file's; results without a description, of another suite, of a part of it, or
+            with errors.
     """
     if not _NAME.fullmatch(name):
         raise UserError("This is no name for a baseline.", value=name, remedy="use letters, digits, '.', '-' and '_'")
@@ -149,6 +150,16 @@ def make_baseline(name: str, results: Path, suite: Suite) -> Baseline:
     if strangers := [key.case for key in answers.results if key.case not in order]:
         raise UserError("The results hold cases that the suite does not know.", where=str(results), value=strangers[0])
     passes = dict.fromkeys((key.sampling, key.seed) for key in answers.results)
+    for sampling, seed in passes:
+        asked = {order[key.case] for key in answers.results if (key.sampling, key.seed) == (sampling, seed)}
+        # A recipe may limit a sampling to the first cases; any other gap is a part of the suite, or one of its shards.
+        if len(asked) <= max(asked):
+            raise UserError(
+                "A baseline must be whole.",
+                where=str(results),
+                value=f"{len(asked)} of {len(order)} cases were asked, sampling {sampling!r}, seed {seed}",
+                remedy="ask without --only, and join the shards: qat suite merge",
+            )
 
     def cases(sampling: str, seed: int, passed: bool) -> list[str]:
         wanted = (sampling, seed, passed)

@@ -6,7 +6,7 @@ Exact enumeration where the outcomes can be listed, simulation elsewhere; always
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ SIZES = (20, 50, 120, 300, 1000)
 RATES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.97, 0.98, 0.99)
 CASES, REPEATS = (30, 60, 120), (3, 10)
 CLUSTERED_RATES, CORRELATIONS = (0.8, 0.9, 0.95, 0.98), (0.1, 0.5, 0.9)
+FLOORS = (0.8, 0.9, 0.95, 0.98)
 DROPS, FLIPS = (0.0, 0.03, 0.1), (0.005, 0.02, 0.05)
 
 
@@ -48,13 +49,62 @@ def wilson_simulated(n: int, rate: float, runs: int, rng: np.random.Generator) -
 
 @cache
 def _wilson(passed: int, n: int) -> stats.Interval:
-    found = stats.rate([stats.Outcome(str(i), i < passed) for i in range(n)], CONFIDENCE)
+    found = stats.rate(_answers(passed, n), CONFIDENCE)
     assert found.low is not None and found.high is not None
     return stats.Interval(found.low, found.high)
 
 
+def _answers(passed: int, n: int) -> list[stats.Outcome]:
+    return [stats.Outcome(str(i), i < passed) for i in range(n)]
+
+
 def _holds(interval: stats.Interval, truth: float) -> bool:
     return interval.low <= truth <= interval.high
+
+
+def wilson_least(n: int) -> float:
+    """The least coverage of Wilson's interval over all rates from 50 %: that of the rates just beyond its ends."""
+    ends = [end for k in range(n + 1) for end in _wilson(k, n) if 0.5 <= end < 1]
+    return min(wilson_exact(n, rate) for end in ends for rate in (end - 1e-9, end + 1e-9))
+
+
+def floor_errors(n: int, floor: float) -> dict[str, float]:
+    """How often the gate is wrong about a candidate whose true rate is the floor, summed over every number of passes.
+
+    Returns:
+        `passed` and `failed`: the floor is taken for reached, or for missed; `wilson_failed`: the same, were it judged
+        by Wilson's interval alone.
+    """
+    chances = binom.pmf(np.arange(n + 1), n, floor)
+    wilson = [_wilson(k, n) for k in range(n + 1)]
+    exact = [stats.exact_interval(_answers(k, n), CONFIDENCE) for k in range(n + 1)]
+
+    def share(wrong: list[bool]) -> float:
+        return float(chances[np.array(wrong)].sum())
+
+    return {
+        "passed": share([min(w.low, e.low) >= floor for w, e in zip(wilson, exact, strict=True)]),
+        "failed": share([max(w.high, e.high) < floor for w, e in zip(wilson, exact, strict=True)]),
+        "wilson_failed": share([w.high < floor for w in wilson]),
+    }
+
+
+def drop_errors(n: int, max_drop: float, flips: float) -> dict[str, float]:
+    """How often the gate is wrong about a candidate exactly `max_drop` worse, summed over every table of n pairs."""
+    z, found = stats.quantile(CONFIDENCE), {"passed": 0.0, "failed": 0.0}
+    for b, c, chance in _tables(n, flips, flips + max_drop):
+        statistic = paired.tango_z(paired.PairedCounts(b, c, n), -max_drop)
+        found["passed"] += chance * (statistic >= z)
+        found["failed"] += chance * (statistic < -z)
+    return found
+
+
+def _tables(n: int, gained: float, lost: float) -> Iterator[tuple[int, int, float]]:
+    """Tables of n pairs with their probabilities; those of 1e-10 in all are left out."""
+    most_lost, most_gained = (int(binom.ppf(1 - 1e-10, n, share)) for share in (lost, gained))
+    for b, c in product(range(most_gained + 1), range(most_lost + 1)):
+        if b + c <= n:
+            yield b, c, float(multinomial.pmf([b, c, n - b - c], n, [gained, lost, 1 - gained - lost]))
 
 
 def tango_exact(n: int, gained: float, lost: float) -> float:
@@ -63,10 +113,8 @@ def tango_exact(n: int, gained: float, lost: float) -> float:
     A truth lies in the interval where the score test does not reject it; tests hold that the two agree.
     """
     z, covered = stats.quantile(CONFIDENCE), 0.0
-    most_lost, most_gained = (int(binom.ppf(1 - 1e-10, n, share)) for share in (lost, gained))
-    for b, c in product(range(most_gained + 1), range(most_lost + 1)):
-        if b + c <= n and abs(paired.tango_z(paired.PairedCounts(b, c, n), gained - lost)) <= z:
-            covered += float(multinomial.pmf([b, c, n - b - c], n, [gained, lost, 1 - gained - lost]))
+    for b, c, chance in _tables(n, gained, lost):
+        covered += chance * (abs(paired.tango_z(paired.PairedCounts(b, c, n), gained - lost)) <= z)
     return covered
 
 
@@ -93,6 +141,91 @@ def clustered_rate(
         naive = stats.wilson(found.rate, found.n, CONFIDENCE)
         hits += found.low <= rate <= found.high, _holds(naive, rate)
     return Covered(*(hits / runs))
+
+
+LAYOUTS = ("1 to 10 answers", "weights 1 and 3", "a tenth weighs 10")
+"""Suites whose cases do not count alike: answers lost to errors, or cases of unequal weight."""
+
+
+def uneven_rate(layout: str, cases: int, rate: float, runs: int, rng: np.random.Generator) -> float:
+    """Coverage of a rate over cases that do not count alike; two answers of one case correlate by a half.
+
+    Args:
+        layout: One of `LAYOUTS`.
+        cases: Clusters.
+        rate: True pass rate.
+        runs: Simulated suites.
+        rng: Source of randomness.
+    """
+    hits = 0
+    for _ in range(runs):
+        asked = rng.integers(1, 11, cases) if layout == LAYOUTS[0] else np.ones(cases, int)
+        weights = rng.choice([1.0, 1.0, 1.0, 3.0], cases) if layout == LAYOUTS[1] else np.ones(cases)
+        if layout == LAYOUTS[2]:
+            weights[: cases // 10] = 10.0
+        chances = rng.beta(rate, 1 - rate, cases)
+        rows = [
+            stats.Outcome(str(case), bool(rng.random() < chances[case]), float(weights[case]))
+            for case in range(cases)
+            for _ in range(asked[case])
+        ]
+        found = stats.rate(rows, CONFIDENCE)
+        assert found.low is not None and found.high is not None
+        hits += found.low <= rate <= found.high
+    return hits / runs
+
+
+def nightly(cases: int, drop: float, runs: int, rng: np.random.Generator, nights: int = 30) -> dict[str, float]:
+    """A model asked anew every night and judged against one stored baseline: floor 90 %, drop of 3 points.
+
+    The reference passes 95 % of the cases; two runs of one model differ in 3.8 % of them (difficulties drawn from a
+    beta distribution, correlation 0.6).
+
+    Args:
+        cases: In the suite.
+        drop: By so much the nightly model is worse than the reference, in whole cases lost.
+        runs: Simulated baselines, each with its nights.
+        rng: Source of randomness.
+        nights: Judged against each.
+
+    Returns:
+        Shares of nights by verdict; `ever_pass` and `ever_fail`: of baselines with at least one such night, and
+        `ever_pass_look`: the same where night k is judged as look k.
+    """
+    rate, floor, max_drop = 0.95, 0.90, 0.03
+    passed = np.zeros((runs, nights), bool)
+    failed, looked = passed.copy(), passed.copy()
+    for run in range(runs):
+        chances = rng.beta(rate * 2 / 3, (1 - rate) * 2 / 3, cases)
+        baseline = rng.random(cases) < chances
+        tonight = rng.random((nights, cases)) < np.where(rng.random(cases) < drop / rate, 0.0, chances)
+        for night, answers in enumerate(tonight):
+            counts = int((answers & ~baseline).sum()), int((baseline & ~answers).sum())
+            passed[run, night], failed[run, night] = _judged(int(answers.sum()), *counts, cases, floor, max_drop, None)
+            looked[run, night], _ = _judged(int(answers.sum()), *counts, cases, floor, max_drop, night + 1)
+    return {
+        "pass": float(passed.mean()),
+        "fail": float(failed.mean()),
+        "ever_pass": float(passed.any(axis=1).mean()),
+        "ever_fail": float(failed.any(axis=1).mean()),
+        "ever_pass_look": float(looked.any(axis=1).mean()),
+    }
+
+
+@cache
+def _judged(
+    passed: int, gained: int, lost: int, cases: int, floor: float, max_drop: float, look: int | None
+) -> tuple[bool, bool]:
+    """Whether the gate says PASS, and whether FAIL, from the counts of one answer a case."""
+    confidence = confidence_at(CONFIDENCE, None if look is None else Look(look))
+    rate, answers = stats.rate(_answers(passed, cases), confidence), _answers(passed, cases)
+    exact, z = stats.exact_interval(answers, confidence), stats.quantile(confidence)
+    assert rate.low is not None and rate.high is not None
+    drop = paired.tango_z(paired.PairedCounts(gained, lost, cases), -max_drop)
+    return (
+        min(rate.low, exact.low) >= floor and drop >= z,
+        max(rate.high, exact.high) < floor or drop < -z,
+    )
 
 
 def draw_signs(cases: int, repeats: int, drop: float, flips: float, averaged: bool, rng: np.random.Generator) -> Signs:
@@ -211,6 +344,20 @@ def measure(runs: int, seed: int) -> dict[str, Any]:
             for looks, fresh in product((1, 2, 5), (True, False))
         ],
         "power": list(_power_rows(runs, rng)),
+        "wilson_least": [{"n": n, "least": wilson_least(n)} for n in (10, *SIZES)],
+        "floor_errors": [{"n": n, "floor": p, **floor_errors(n, p)} for n, p in product((10, *SIZES), FLOORS)],
+        "drop_errors": [
+            {"n": n, "max_drop": d, "flips": f, **drop_errors(n, d, f)}
+            for n, d, f in product((50, 120, 300), (0.03, 0.05), FLIPS)
+        ],
+        "uneven_rate": [
+            {"layout": layout, "cases": c, "rate": p, "covered": uneven_rate(layout, c, p, runs, rng)}
+            for layout, c, p in product(LAYOUTS, (10, 20, 30, 60), (0.5, 0.8, 0.9, 0.95, 0.98))
+        ],
+        "nightly": [
+            {"cases": c, "drop": d, **nightly(c, d, max(1, runs // 4), rng)}
+            for c, d in product((120, 300, 1000), (0.0, 0.03, 0.06))
+        ],
     }
 
 
@@ -229,77 +376,3 @@ def _power_rows(runs: int, rng: np.random.Generator, target: float = 0.8) -> Ite
             "clear": needed.clear,
             "cleared": simulated_power(needed.clear, repeats, 0.0, -drop, assumed, runs, rng),
         }
-
-
-def page(found: dict[str, Any]) -> str:
-    """The measurements as Markdown.
-
-    Args:
-        found: What `measure` gave, with `command`, `seconds` and `environment`.
-    """
-    gaps = [abs(row["exact"] - row["simulated"]) for row in found["wilson"]]
-    exact = [row["exact"] for row in found["wilson"]]
-    parts = [
-        f"# Statistics\n\n`{found['command']}`, {found['environment']}, {found['seconds']:.0f} s. Raw numbers: "
-        f"[statistics.json](statistics.json). {found['runs']:,} simulated suites per cell, seed {found['seed']}; "
-        "coverage in percent of 95 % intervals.",
-        "## One answer a case: Wilson\n\nExact coverage, summed over every number of passes. Its mean over this "
-        f"grid is {_pct(sum(exact) / len(exact))} %, its least value {_pct(min(exact))} %; `stats.rate` on "
-        f"{10 * found['runs']:,} drawn suites per cell differs from it by {100 * max(gaps):.2f} points at most.",
-        _grid(found["wilson"], "n", ("rate",), "exact"),
-        _bar("## Cases asked several times: rates", found["clustered_rate"], ("shipped", "naive")),
-        "Shipped / every answer taken as independent. Rows: cases x repeats; columns: pass rate, correlation of two "
-        "answers of one case. The shipped interval errs on the wide side: how alike the answers of a case are is not "
-        "known from a few failing cases.",
-        _grid(found["clustered_rate"], ("cases", "repeats"), ("rate", "correlation"), "shipped", "naive"),
-        _bar("## Paired differences, one answer a case: Tango", found["tango"], ("exact",)),
-        "Exact, over every table of n pairs. Columns: share lost, share gained.",
-        _grid(found["tango"], "n", ("lost", "gained"), "exact"),
-        _bar("## Paired differences with repeats", found["clustered_difference"], ("shipped", "naive", "bootstrap")),
-        "Shipped / every answer taken as independent / percentile bootstrap over cases. Columns: drop (whole cases "
-        "lost), flips each way.",
-        _grid(found["clustered_difference"], ("cases", "repeats"), ("drop", "flips"), "shipped", "naive", "bootstrap"),
-        "## Looking again\n\nA candidate exactly 3 points worse, 300 cases, gate at 3 points, asked until it passes: "
-        "share that passes at any look, in percent; 2.5 are promised. *Fresh* looks ask new cases, *added* ones a "
-        "further repeat of the same.",
-        _table(
-            ["looks", "answers", "95 % at every look", "`--look k`", "`--look k --looks n`"],
-            [[str(r["looks"]), "fresh" if r["fresh"] else "added",
-              *(_pct(r[plan]) for plan in ("fixed", "any number", "planned"))] for r in found["looks"]],
-        ),
-        "## Power\n\nCases that `qat test --power` asks for, and how often simulated suites of that size show the drop "
-        f"or pass unchanged; {_pct(found['power'][0]['target'])} % were asked for. Least: "
-        f"{_pct(min(min(r['detected'], r['cleared']) for r in found['power']))} %.",
-        _table(
-            ["flips each way", "drop", "repeats", "cases to show it", "shown, %", "to pass unchanged", "passed, %"],
-            [[f"{r['flips']:g}", f"{r['drop']:g}", str(r["repeats"]), str(r["detect"]), _pct(r["detected"]),
-              str(r["clear"]), _pct(r["cleared"])] for r in found["power"]],
-        ),
-    ]  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def _bar(title: str, rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    texts = []
-    for name in names:
-        values = [row[name] for row in rows]
-        texts.append(f"{name}: least {_pct(min(values))} %, mean {_pct(sum(values) / len(values))} %")
-    return f"{title}\n\n{'; '.join(texts)}."
-
-
-def _grid(rows: Sequence[dict[str, Any]], down: str | Sequence[str], across: Sequence[str], *values: str) -> str:
-    down = (down,) if isinstance(down, str) else down
-    columns = list(dict.fromkeys(tuple(row[name] for name in across) for row in rows))
-    lines: dict[tuple[Any, ...], list[str]] = {}
-    for row in rows:
-        lines.setdefault(tuple(row[n] for n in down), []).append(" / ".join(_pct(row[v]) for v in values))
-    heads = [" x ".join(down), *(", ".join(f"{value:g}" for value in column) for column in columns)]
-    return _table(heads, [[" x ".join(map(str, key)), *cells] for key, cells in lines.items()])
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *rows))
-
-
-def _pct(share: float) -> str:
-    return f"{100 * share:.1f}"

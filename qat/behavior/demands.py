@@ -14,7 +14,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from qat.behavior.checks import BoundCheck, CheckError, Reply, bind
-from qat.behavior.checks.language import likely_language
+from qat.behavior.checks.language import likely_language, scripts_beside
+from qat.behavior.checks.speech import words
+from qat.behavior.records import Case
 from qat.behavior.suite import Suite
 
 COMMON_FROM = 0.8
@@ -32,14 +34,16 @@ class Demands(NamedTuple):
         suites: Where they come from, by name.
         checks: Name and parameters of each, as JSON: plain values, so that another process can take them.
         left_out: Checks of as many cases that no recorded reply can be held to.
-        turns: What the suites' users say last, case by case, as (case, text): the questions that training must not
-            know.
+        turns: What the suites' users say where the model answers, case by case, as (case, text): the questions that
+            training must not know.
+        references: The cases' reference answers, as (case, text): what training replies must not repeat.
     """
 
     suites: tuple[str, ...]
     checks: tuple[tuple[str, str], ...]
     left_out: tuple[str, ...]
     turns: tuple[tuple[str, str], ...]
+    references: tuple[tuple[str, str], ...] = ()
 
     def judge(
         self,
@@ -71,8 +75,13 @@ class Demands(NamedTuple):
         return failures
 
     def language(self, text: str) -> str | None:
-        """The language that a text is most likely in (ISO 639-1); None where it says too little."""
-        return likely_language(text)
+        """The language that most of a text is likely in (ISO 639-1), with further scripts (`kn+Latin`), or None."""
+        code = likely_language(text)
+        return None if code is None else "+".join((code, *scripts_beside(text)))
+
+    def words(self, text: str) -> int:
+        """Words of a text, as `max_words` counts them."""
+        return len(words(text))
 
 
 @lru_cache(maxsize=256)
@@ -94,10 +103,18 @@ def demands_of(suites: Sequence[Suite]) -> Demands:
             else:
                 checks[name, params] = None
         for case in suite.cases:
-            asked = [m["content"] for m in case.messages if m["role"] == "user" and isinstance(m["content"], str)]
-            asked += [turn.user for turn in case.turns]
-            turns += [(case.id, asked[-1])] if asked else []
-    return Demands(tuple(suite.name for suite in suites), tuple(checks), tuple(left_out), tuple(turns))
+            given = [m["content"] for m in case.messages if m["role"] == "user" and isinstance(m["content"], str)]
+            asked = [turn.user for turn in case.turns] or given[-1:]
+            turns += [(case.id, text) for text in asked]
+    answers = tuple((case.id, text) for suite in suites for case in suite.cases for text in _references(case))
+    return Demands(tuple(suite.name for suite in suites), tuple(checks), tuple(left_out), tuple(turns), answers)
+
+
+def _references(case: Case) -> list[str]:
+    """The answers that a reply to this case is compared with: the case's own, and those of its judges."""
+    specs = [*case.checks, *(spec for turn in case.turns for spec in turn.checks)]
+    found = [case.reference, *(spec.params.get("reference") for spec in specs if spec.check == "judge")]
+    return [text for text in found if isinstance(text, str) and text]
 
 
 def _common(suite: Suite) -> list[tuple[str, str]]:

@@ -15,8 +15,10 @@ every error counted for it. So a few errors cost a little certainty, many leave 
 PASS.
 
 PASS needs both statements, so their errors do not add up: a candidate at the edge of either passes with probability
-(1 - confidence) / 2 at most. FAIL needs one: a candidate at the edge of both fails with probability 1 - confidence at
-most. Looking again at the same candidate is paid for beforehand (`qat.behavior.sequential`).
+(1 - confidence) / 2. FAIL needs one: a candidate at the edge of both fails with probability 1 - confidence. The floor
+keeps that as an upper bound, because Clopper's and Pearson's exact interval must agree with Wilson's. The drop keeps it
+about, by Tango's; docs/benchmarks/statistics.md enumerates both. Looking again at the same candidate is paid for
+beforehand (`qat.behavior.sequential`).
 """
 
 from __future__ import annotations
@@ -268,17 +270,23 @@ def _floor(
     if rate.rate is None or rate.low is None or rate.high is None:
         return None, f"{gate.candidate}: {rate.reason}"
 
-    def bound(errors_pass: bool) -> stats.Rate:
+    def outcomes(errors_pass: bool) -> list[stats.Outcome]:
         found = _outcomes(candidate, gate.sampling, errors_pass)
-        return stats.rate([stats.Outcome(k.case, ok, weights.get(k.case, 1.0)) for k, ok in found.items()],
-                          gate.confidence)  # fmt: skip
+        return [stats.Outcome(key.case, passed, weights.get(key.case, 1.0)) for key, passed in found.items()]
 
-    proven = _proven(bound(False).low or 0.0, bound(True).high or 1.0, gate.pass_floor)
+    worst, best = (stats.rate(outcomes(errors_pass), gate.confidence) for errors_pass in (False, True))
+    exact = stats.Interval(
+        stats.exact_interval(outcomes(False), gate.confidence).low,
+        stats.exact_interval(outcomes(True), gate.confidence).high,
+    )
+    by_wilson = _proven(worst.low or 0.0, best.high or 1.0, gate.pass_floor)
+    proven = by_wilson if by_wilson is _proven(*exact, gate.pass_floor) else None
     relation = {True: "reaches", False: "misses", None: "neither clearly reaches nor misses"}[proven]
+    doubt = "" if proven is by_wilson else f" (exact interval {exact.low:.1%} to {exact.high:.1%})"
     errors = len(candidate.asked(gate.sampling)) - rate.n
     return proven, (
         f"{gate.candidate} passes {rate.passed} of {rate.n} ({rate.rate:.1%}, {_percent(gate)} interval "
-        f"{rate.low:.1%} to {rate.high:.1%}) and {relation} the floor of {gate.pass_floor:.1%}"
+        f"{rate.low:.1%} to {rate.high:.1%}) and {relation} the floor of {gate.pass_floor:.1%}{doubt}"
         f"{_whatever(proven, errors)}"
     )
 

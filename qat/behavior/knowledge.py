@@ -33,7 +33,8 @@ _NAME = "qat_"
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not `splitlines`: JSON allows its other line breaks, such as U+2028, inside texts, and models write them.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def _mc_task(path: Path) -> list[dict[str, Any]]:
@@ -59,6 +60,7 @@ class Task(NamedTuple):
         filter: Which of the harness's readings of the answer counts.
         chat: A written answer by chat; otherwise likelihoods of given answers.
         shots: The split that worked examples are drawn from, and its file.
+        sentences: Answers are judged by their sentences, for which the harness needs data of NLTK.
     """
 
     source: str
@@ -69,6 +71,7 @@ class Task(NamedTuple):
     filter: str
     chat: bool
     shots: tuple[str, str] | None = None
+    sentences: bool = False
 
 
 TASKS: dict[str, Task] = {
@@ -83,7 +86,14 @@ TASKS: dict[str, Task] = {
         ("train", "gsm8k/train.jsonl"),
     ),
     "ifeval": Task(
-        "ifeval/ifeval.yaml", "ifeval/input_data.jsonl", _json_lines, "train", "prompt_level_strict_acc", "none", True
+        "ifeval/ifeval.yaml",
+        "ifeval/input_data.jsonl",
+        _json_lines,
+        "train",
+        "prompt_level_strict_acc",
+        "none",
+        True,
+        sentences=True,
     ),
     "medmcqa": Task(
         "medmcqa/medmcqa.yaml",
@@ -127,8 +137,8 @@ def run_knowledge(name: str, run: KnowledgeRun, arm: str, out: Path) -> list[Cas
     """Ask one task and write its result file, `<out>.meta.json` beside it.
 
     Raises:
-        UserError: Unknown task, missing data or harness, a task of likelihoods without a tokenizer, an `out` that
-            exists, or the harness failed; its last lines stand in the message.
+        UserError: Unknown task, missing data, harness or NLTK data, a task of likelihoods without a tokenizer, an `out`
+            that exists, or the harness failed; its last lines stand in the message.
     """
     if name not in TASKS:
         raise UserError("There is no such knowledge task.", value=name, remedy=f"one of {', '.join(TASKS)}")
@@ -140,7 +150,9 @@ def run_knowledge(name: str, run: KnowledgeRun, arm: str, out: Path) -> list[Cas
     with tempfile.TemporaryDirectory(prefix="qat-eval-") as scratch:
         folder = Path(scratch)
         write_task(name, run, folder)
-        _call(command(name, run, folder), run.python)
+        if task.sentences:
+            _require_sentences(run.python)
+        _call(command(name, run, folder), run.python, f"mend what its last lines say; the server is to be at {run.url}")
         logged = sorted((folder / "out").rglob(f"samples_{_NAME}{name}_*.jsonl"))
         if not logged:
             raise UserError("The harness logged no answers.", where=str(run.python), value=name)
@@ -226,7 +238,22 @@ def _harness(python: Path) -> Path:
     return Path(_call([str(python), "-c", code], python).strip())
 
 
-def _call(argv: Sequence[str], python: Path) -> str:
+def _require_sentences(python: Path) -> None:
+    """Load NLTK's data before anything is asked: the harness misses them when it reads the answers, and loses all."""
+    code = "from nltk.tokenize import PunktTokenizer\ntry: PunktTokenizer()\nexcept LookupError: print('missing')"
+    if _call([str(python), "-c", code], python).strip() == "missing":
+        raise UserError(
+            "The harness judges this task with data of NLTK that are missing.",
+            where=str(python),
+            value="punkt_tab",
+            remedy=f"{python} -m nltk.downloader punkt_tab, or copy it to tokenizers/ of a folder that NLTK_DATA names",
+        )
+
+
+_INSTALL = 'make an environment with "lm_eval[api,ifeval]", and transformers for tasks of likelihoods'
+
+
+def _call(argv: Sequence[str], python: Path, remedy: str = _INSTALL) -> str:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(argv, env=os.environ | offline, capture_output=True, text=True, check=False)
@@ -237,7 +264,7 @@ def _call(argv: Sequence[str], python: Path) -> str:
             "lm-evaluation-harness failed.",
             where=str(python),
             value="\n          ".join(done.stderr.strip().splitlines()[-8:]),
-            remedy='make an environment with "lm_eval[api,ifeval]", and transformers for tasks of likelihoods',
+            remedy=remedy,
         )
     return done.stdout
 

@@ -53,7 +53,7 @@ class LabelledReply(NamedTuple):
     counts: dict[str, int]
 
 
-def half_of(reply: dict[str, Any]) -> Half:
+def half_of(reply: dict[str, Any] | list[dict[str, Any]]) -> Half:
     """The half of a reply: parity of the SHA-256 of its canonical JSON, so that equal replies fall into one half."""
     digest = hashlib.sha256(json.dumps(reply, sort_keys=True, ensure_ascii=False).encode()).digest()
     return "held_out" if digest[-1] % 2 else "development"
@@ -72,7 +72,7 @@ def load_labels(folder: Path = LABELS) -> list[LabelledReply]:
     for path in files:
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             try:
-                found.append(_read(json.loads(line)))
+                found.append(read_label(json.loads(line)))
             except (ValueError, KeyError, TypeError) as error:
                 what = f"{type(error).__name__}: {error}"
                 raise UserError("A line is no labelled reply.", where=f"{path}, line {number}", value=what) from error
@@ -84,7 +84,14 @@ def _persona(name: str) -> Persona:
     return load_persona(name)
 
 
-def _read(record: dict[str, Any]) -> LabelledReply:
+def read_label(record: dict[str, Any]) -> LabelledReply:
+    """One line of a label file; `produced`, a list of messages, may stand in the place of a single `reply`.
+
+    Raises:
+        ValueError: A label is neither pass nor fail.
+        KeyError: A key is missing.
+        TypeError: A value is of another kind.
+    """
     context = record["context"]
     messages, tools = list(context.get("messages", ())), context.get("tools", [])
     if "persona" in context:
@@ -93,12 +100,18 @@ def _read(record: dict[str, Any]) -> LabelledReply:
         tools = tools or persona.tools
     if strange := set(record["labels"].values()) - {"pass", "fail"}:
         raise ValueError(f"label {strange.pop()!r}")
+    produced = record["produced"] if "produced" in record else [record["reply"]]
     return LabelledReply(
         record["id"],
         record["source"],
         record["licence"],
-        half_of(record["reply"]),
-        Reply([{"role": "assistant", **record["reply"]}], messages, tuple(context.get("tool_results", ())), tools),
+        half_of(record.get("reply", produced)),
+        Reply(
+            [{"role": "assistant", **message} for message in produced],
+            messages,
+            tuple(context.get("tool_results", ())),
+            tools,
+        ),
         record["labels"],
         record.get("params", {}),
         record.get("counts", {}),
@@ -150,10 +163,11 @@ def measure(records: Iterable[LabelledReply]) -> list[Quality]:
         for name, label in record.labels.items():
             passed = bind(name, record.params.get(name, {}))(record.reply).passed
             verdicts.setdefault(name, []).append((record.id, label, passed))
-    return [_quality(name, rows) for name, rows in sorted(verdicts.items())]
+    return [quality_of(name, rows) for name, rows in sorted(verdicts.items())]
 
 
-def _quality(name: str, rows: Sequence[tuple[str, Label, bool]]) -> Quality:
+def quality_of(name: str, rows: Sequence[tuple[str, Label, bool]]) -> Quality:
+    """Precision and recall of one check, from (id, the reader's label, whether the check passes the reply)."""
     faulty = sum(label == "fail" for _, label, _ in rows)
     missed = [id for id, label, passed in rows if label == "fail" and passed]
     false_alarms = [id for id, label, passed in rows if label == "pass" and not passed]
@@ -170,7 +184,8 @@ class Agreement(NamedTuple):
         n: Replies that both judged.
         observed: Share of equal verdicts.
         kappa: Cohen's kappa; None where both gave one and the same verdict throughout, which leaves chance nothing.
-        interval: 95 % of kappa.
+        interval: 95 % of kappa; None also where its standard error is zero: that fifty of fifty verdicts are equal does
+            not say that all will be.
     """
 
     n: int
@@ -202,7 +217,9 @@ def agreement(pairs: Sequence[tuple[bool, bool]]) -> Agreement:
     same = sum(cell[a, a] * (1 - (row[a] + column[a]) * (1 - kappa)) ** 2 for a in (True, False))
     other = (1 - kappa) ** 2 * sum(cell[a, not a] * (column[a] + row[not a]) ** 2 for a in (True, False))
     variance = (same + other - (kappa - chance * (1 - kappa)) ** 2) / (n * (1 - chance) ** 2)
-    reach = quantile(0.95) * math.sqrt(max(0.0, variance))
+    if variance <= 1e-12:
+        return Agreement(n, observed, kappa, None)
+    reach = quantile(0.95) * math.sqrt(variance)
     return Agreement(n, observed, kappa, Interval(max(-1.0, kappa - reach), min(1.0, kappa + reach)))
 
 
@@ -268,15 +285,16 @@ _HEAD = """# How good the checks are
 
 *Written by `{command}`; raw numbers in [checks.json](checks.json).*
 
-{n} replies were labelled by reading them, before the checks were repaired; how, from where and with which limits
-stands in [qat/behavior/labels/README.md](../../qat/behavior/labels/README.md). {published} of them are from published
-data sets, {written} were written for this set (faults that models rarely show, and sound replies that look like them,
-in many languages), the others are answers of the tiny arms. The halves are split by a hash of the reply; the checks
-were repaired on one half only.
+{n} replies in two rounds were labelled by reading them; how, from where and with which limits, and what the checks
+were worth before the repair that the second round led to, stands in
+[qat/behavior/labels/README.md](../../qat/behavior/labels/README.md). {published} of them are from published data sets,
+{written} were written for this set (faults that models rarely show, and sound replies that look like them, in many
+languages), the others are answers of the tiny arms. The halves are split by a hash of the reply; the checks were
+repaired on one half only.
 
 The held-out half flatters: one reader, a language model, wrote the written replies of both halves, the labels and the
-checks; no second reader has gone over the labels. The replies of published data sets are the harder test; they are
-counted apart in the last column.
+checks; of the labels a second one has read 60 replies. The replies of published data sets are the harder test;
+they are counted apart in the last column.
 
 A check finds faults. Recall: of the replies that the reader fails, the share that the check fails. Precision: of the
 replies that the check fails, the share that the reader fails too. In brackets 95 % Wilson intervals. Written faults are

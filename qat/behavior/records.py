@@ -34,6 +34,12 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class _Written(_Record):
+    """A record that people write; a number in the place of a text is that text (`{{hour}}` stays a number)."""
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
+
+
 class CheckSpec(BaseModel):
     """A check by name with its parameters beside it: `{check: max_sentences, n: 2}`."""
 
@@ -46,7 +52,7 @@ class CheckSpec(BaseModel):
         return dict(self.model_extra or {})
 
 
-class ToolResult(_Record):
+class ToolResult(_Written):
     """What a tool returns to one kind of call.
 
     Attributes:
@@ -65,7 +71,7 @@ ToolScript = str | list[str | ToolResult]
 of the tool."""
 
 
-class Turn(_Record):
+class Turn(_Written):
     """One turn of the user, and what the reply to it must hold.
 
     Attributes:
@@ -79,7 +85,7 @@ class Turn(_Record):
     checks: list[CheckSpec] = Field(default_factory=list)
 
 
-class Case(_Record):
+class Case(_Written):
     """One conversation prefix, what its tools answer, and what the reply must hold.
 
     Attributes:
@@ -113,6 +119,10 @@ class Case(_Record):
     @field_validator("messages")
     @classmethod
     def _prefix(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        messages = [
+            {**message, "content": str(message["content"])} if type(message.get("content")) in (int, float) else message
+            for message in messages
+        ]
         for position, message in enumerate(messages):
             role = message.get("role")
             if role not in ("system", "user", "assistant", "tool"):

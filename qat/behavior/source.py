@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from qat.errors import UserError
-from qat.recipe.tree import Tree
+from qat.recipe.tree import Tree, with_core_scalars
 
 Key = tuple[str | int, ...]
+# libyaml, where PyYAML was built with it, reads a suite of a thousand cases ten times as fast.
+_Loader = with_core_scalars(getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 SHOWN = 20
 """More faults than these are only counted."""
+
+
+class _Fault(NamedTuple):
+    """Line, key of the case or of the file, and what is wrong below it; cases made of one share it."""
+
+    line: int
+    place: str
+    problem: str
 
 
 class Source:
@@ -28,10 +38,9 @@ class Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._tree = Tree(str(path))
-        self._faults: list[tuple[int, str]] = []
+        self._faults: dict[_Fault, list[str]] = {}
         try:
-            # libyaml, where PyYAML was built with it, reads a suite of a thousand cases ten times as fast.
-            loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text(encoding="utf-8-sig"))
+            loader = _Loader(path.read_text(encoding="utf-8-sig"))
             try:
                 node = loader.get_single_node()
                 if isinstance(node, yaml.MappingNode):
@@ -41,7 +50,7 @@ class Source:
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             raise UserError("The suite cannot be read.", where=str(path), value=str(error)) from error
         for fault in self._tree.faults:
-            self._faults.append((fault.line or 1, f"{fault.key}: {fault.problem}"))
+            self._faults[_Fault(fault.line or 1, fault.key, f": {fault.problem}")] = []
         if self._tree.data is None:
             self.raise_faults()
             raise UserError("The suite file is not right.", where=str(path), value="a suite is a mapping of keys")
@@ -56,10 +65,10 @@ class Source:
         return self._tree.place(key)[1] or 1
 
     def fault(self, key: Key, problem: str, label: str = "") -> None:
-        """Note what is wrong at a key; `label` names the case."""
+        """Note what is wrong at a key; `label` names the case, of the many that one written case may become."""
         head = f"{key[0]}[{key[1]}]" if len(key) > 1 and isinstance(key[1], int) else ".".join(map(str, key[:2]))
-        shown = ".".join([head + (f" ({label})" if label else ""), *map(str, key[2:])]) or "file"
-        self._faults.append((self.line(key), f"{shown}: {problem}"))
+        below = "".join(f".{part}" for part in key[2:])
+        self._faults.setdefault(_Fault(self.line(key), head or "file", f"{below}: {problem}"), []).append(label)
 
     def raise_faults(self) -> None:
         """Tell all faults, in the order of the file.
@@ -69,10 +78,18 @@ class Source:
         """
         if not self._faults:
             return
-        faults = [f"line {line}: {text}" for line, text in sorted(dict.fromkeys(self._faults), key=lambda f: f[0])]
+        found = sorted(self._faults.items(), key=lambda fault: fault[0].line)
+        faults = [f"line {line}: {place}{_cases(labels)}{problem}" for (line, place, problem), labels in found]
         shown = faults[:SHOWN] + ([f"… and {len(faults) - SHOWN} more"] if len(faults) > SHOWN else [])
         raise UserError(
             f"The suite has {len(faults)} fault{'s' * (len(faults) > 1)}.",
             where=str(self.path),
             value="\n          ".join(shown),
         )
+
+
+def _cases(labels: list[str]) -> str:
+    """Which cases have the fault: one by name, and how many more."""
+    named = list(dict.fromkeys(label for label in labels if label))
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    return f" ({named[0]}{more})" if named else ""

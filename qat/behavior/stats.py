@@ -25,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
-from scipy.special import stdtr, stdtrit
+from scipy.special import betaincinv, stdtr, stdtrit
 
 MIN_CASES = 10
 """Fewer distinct cases than this give no rate and no comparison: the 95 % interval of 9 of 9 reaches down to 70 %."""
@@ -117,10 +117,35 @@ def rate(outcomes: Iterable[Outcome], confidence: float) -> Rate:
     cases = len({row.case for row in rows})
     if few := too_few(cases):
         return Rate(passed, n, None, None, None, few, cases, None)
-    value = weighted_mean([(row.weight, float(row.passed)) for row in rows])
-    carried = effective([(row.case, row.weight, float(row.passed)) for row in rows], value, value * (1 - value))
+    value, carried = _carried(rows)
     method = "wilson, clustered by case" if cases < n else "wilson" if math.isinf(carried.df) else "wilson, weighted"
     return Rate(passed, n, value, *wilson(value, carried.n, confidence, carried.df), None, cases, method)
+
+
+def exact_interval(outcomes: Iterable[Outcome], confidence: float) -> Interval:
+    """An interval neither end of which errs more often than (1 - confidence) / 2, however small n or extreme p.
+
+    Wilson's keeps its confidence on average only: its upper end lies below a true 98 % in 8 of 100 suites of 50 cases.
+    Clopper and Pearson 1934, Biometrika 26; clustered or weighted answers enter by their effective number, reduced by
+    the squared ratio of the quantiles (Korn and Graubard 1998, Survey Methodology 24).
+
+    Args:
+        outcomes: Answers, at least one; those of one case form a cluster.
+        confidence: Two-sided, in (0, 1).
+    """
+    value, (n, df) = _carried(list(outcomes))
+    n *= (quantile(confidence) / quantile(confidence, df)) ** 2
+    passed, alpha = value * n, 1 - confidence
+    return Interval(
+        0.0 if value == 0 else float(betaincinv(passed, n - passed + 1, alpha / 2)),
+        1.0 if value == 1 else float(betaincinv(passed + 1, n - passed, 1 - alpha / 2)),
+    )
+
+
+def _carried(rows: Sequence[Outcome]) -> tuple[float, Effective]:
+    """The weighted rate, and what the answers carry."""
+    value = weighted_mean([(row.weight, float(row.passed)) for row in rows])
+    return value, effective([(row.case, row.weight, float(row.passed)) for row in rows], value, value * (1 - value))
 
 
 def too_few(cases: int) -> str | None:
@@ -144,9 +169,9 @@ def effective(rows: Sequence[tuple[str, float, float]], mean: float, variance: f
         variance: Of one value, were all independent: p (1 - p) for a rate.
 
     Returns:
-        All rows at infinite degrees of freedom for one answer a case of equal weight. Otherwise at most the number of
-        rows; where nothing varies, Kish's effective number of cases, because nothing in the data says that the answers
-        of one case are not copies of each other.
+        All rows at infinite degrees of freedom for one answer a case of equal weight. Otherwise at most Kish's
+        effective number of rows, which unequal weights leave even where all are independent; where nothing varies, that
+        of cases, because nothing in the data says that the answers of one case are not copies of each other.
     """
     residual: dict[str, float] = defaultdict(float)
     weights: dict[str, float] = defaultdict(float)
@@ -162,7 +187,8 @@ def effective(rows: Sequence[tuple[str, float, float]], mean: float, variance: f
     if variance <= 0:
         return Effective(copies, clusters - 1 + PRIOR_DF)
     between = squares / total**2 * clusters / (clusters - 1)
-    observed = min(float(len(rows)), variance / between) if between > 0 else float(len(rows))
+    most = total**2 / math.fsum(weight**2 for _, weight, _ in rows)
+    observed = min(most, variance / between) if between > 0 else most
     spread = math.fsum(value**4 for value in residual.values()) - squares**2 / clusters
     df = min(clusters - 1.0, 2 * squares**2 / spread) if spread > 0 else clusters - 1.0
     return Effective((df + PRIOR_DF) / (df / observed + PRIOR_DF / copies), df + PRIOR_DF)

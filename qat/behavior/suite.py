@@ -163,17 +163,14 @@ def _load(path: Path, within: tuple[Path, ...]) -> Suite:
             scripts[case.id] = suite.scripts[case.id]
             first[case.id] = ("include", number)
     for entry in entries:
-        found = _resolve(source, entry, persona.system_prompt, persona.tools)
-        if found is None:
-            continue
-        case, script = found
-        if case.id in scripts:
-            line = source.line(first[case.id])
-            problem = f"a second case of this id, {case.id!r}; the first: line {line}"
-            source.fault((*entry.place, "id"), problem, _label(entry.raw))
-        cases.append(case)
-        scripts[case.id] = script
-        first.setdefault(case.id, entry.place)
+        if identity := _label(entry.raw):
+            if identity in first:
+                problem = f"a second case of this id, {identity!r}; the first: line {source.line(first[identity])}"
+                source.fault((*entry.place, "id"), problem, identity)
+            first.setdefault(identity, entry.place)
+        if found := _resolve(source, entry, persona.system_prompt, persona.tools):
+            case, scripts[found[0].id] = found
+            cases.append(case)
     source.raise_faults()
     if not cases:
         raise UserError("The suite has no cases.", where=str(path), remedy="give cases, include, generate or several")
@@ -308,8 +305,22 @@ def _tool_problems(case: Case) -> Iterator[tuple[Key, str]]:
             if name not in offered:
                 yield (*place, "tool_results", name), f"tool_results names {name!r}, which is not offered"
         for position, spec in enumerate(checks):
-            if spec.check == "calls" and spec.params.get("tool") not in offered:
-                yield (*place, "checks", position), f"check calls: {spec.params.get('tool')!r} is not offered"
+            for tool in _tools_named(spec):
+                if tool not in offered:
+                    yield (*place, "checks", position), f"check {spec.check}: {tool!r} is not offered"
+
+
+def _tools_named(spec: CheckSpec) -> Iterator[str]:
+    """Tools that a check names; a slip in one would make it fail every reply, or none."""
+    given = spec.params
+    if spec.check == "calls":
+        yield str(given.get("tool"))
+    elif spec.check == "no_call":
+        yield from given.get("tools") or ()
+    elif spec.check == "wrong_tool":
+        yield from given.get("allowed") or ()
+    elif spec.check == "parallel_calls":
+        yield from (str(due.get("tool")) for due in given.get("calls") or () if isinstance(due, Mapping))
 
 
 @functools.lru_cache(maxsize=256)

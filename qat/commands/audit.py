@@ -106,17 +106,25 @@ def _show(result: Mapping[str, Any], html: Path | None) -> None:
         print(f"page: {html}")
 
 
-_SHOWN = ("faults", "warnings", "findings", "tokens", "lengths", "user_turns")
+_SHOWN = ("faults", "warnings", "findings", "tokens", "lengths", "user_turns", "repetition")
 
 
 def _short(result: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers without what only a page or a program wants."""
-    left_out = {"lengths": ("histogram",), "user_turns": ("near_examples",), "tokens": ("by_category",)}
-    return {
+    left_out = {"lengths": ("histogram",), "user_turns": ("families",), "tokens": ("by_category",)}
+    short = {
         name: {key: value for key, value in result[name].items() if key not in keys}
         for name, keys in left_out.items()
         if name in result
     }
+    if "repetition" in result:
+        short["repetition"] = {name: _repetition(numbers) for name, numbers in result["repetition"].items()}
+    return short
+
+
+def _repetition(numbers: Mapping[str, Any]) -> str:
+    again = f"{numbers['again']} equal or nearly equal to an earlier one ({numbers['method']})"
+    return f"{numbers['distinct']} of {numbers['total']} distinct, {again}"
 
 
 def _token_row(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:

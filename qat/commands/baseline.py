@@ -61,8 +61,8 @@ def save(
     with user_code(suite or "", allow_python):
         made = make_baseline(name, path, _suite_of(a, path, suite, run, runs_dir))
     target = save_baseline(made, folder, replace)
-    result = {"baseline": str(target), **_line(made)}
-    emit(result, json_, lambda: print_pairs(result))
+    result: dict[str, Any] = {"baseline": str(target), **_line(made)}
+    emit(result, json_, lambda: print_pairs(result | {"passes": ", ".join(map(_pass, result["passes"]))}))
     return ExitCode.DONE
 
 

@@ -55,12 +55,16 @@ def _from_folder(folder: Path, base: BaseBlock, out: Path | None) -> dict[str, A
 def _from_hub(base: BaseBlock, config_only: bool, out: Path | None) -> dict[str, Any]:
     from qat.fetch.folder import place
     from qat.fetch.hub import fetch_from_hub
-    from qat.train.base import resolve_base
+    from qat.train.base import require_suitable, resolve_base
 
     with terminable():
-        fetched = fetch_from_hub(base.model, base.revision, weights=not config_only)
-    if not config_only:
-        resolve_base(base)  # the family, and that the index's files are all there
+        fetched = fetch_from_hub(base.model, base.revision, weights=False)
+        require_suitable(fetched.folder, base)  # before tens of gigabytes come
+        if not config_only:
+            small = fetched.downloaded
+            fetched = fetch_from_hub(base.model, base.revision)
+            fetched = fetched._replace(downloaded=fetched.downloaded + small)
+            resolve_base(base)  # the index's files are all there
     result = fetched.to_json()
     if base.revision is None:
         result["pin"] = f"--set base.revision={fetched.revision}"

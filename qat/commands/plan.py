@@ -11,6 +11,7 @@ from qat.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from qat.plan.estimate import PlanReport, StageEstimate
+    from qat.plan.rehearse import RehearsedStage
 
 
 @exits()
@@ -88,7 +89,10 @@ def show_rehearsal(recipe: str | None, overrides: list[str] | None, as_json: boo
     from qat.plan.rehearse import rehearse
     from qat.recipe.load import load_recipe
 
-    done = rehearse(load_recipe(recipe, overrides or ()))
+    def told(stage: RehearsedStage) -> None:
+        typer.echo(f"{stage.name}: {stage.peak_gib:.1f} GiB, measured in {stage.took:.0f} s", err=True)
+
+    done = rehearse(load_recipe(recipe, overrides or ()), told)
 
     def text() -> None:
         print_pairs({"recipe": done.recipe, "device": done.device, "base": done.shape, "rows": done.rows})

@@ -16,7 +16,7 @@ from qat.errors import ExitCode, UserError
 
 @exits()
 def render(
-    file: Annotated[Path, typer.Argument(help="JSONL file of conversations.")],
+    file: Annotated[Path, typer.Argument(help="Conversations: a file or folder that `qat data audit` reads.")],
     index: Annotated[int, typer.Option("--index", help="Which one, from 0.", min=0)] = 0,
     identity: Annotated[str | None, typer.Option("--id", help="Which one, by its id.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Write a page that needs nothing else.")] = None,

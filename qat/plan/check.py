@@ -1,19 +1,17 @@
 """The estimates against what was measured: each step from all the others, each peak by its formula.
 
 Seconds have fitted factors, so every case is estimated by a model that has not seen it. Peak memory has none: its
-formula counts tensors (`qat.train.memory`), and what it says is compared as it is.
+formula counts the tensors of this package's own training (`qat.train.memory`), and what it says of those cases is
+compared as it is.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from qat.plan.timing import Case, case_config, leave_one_out, load_cases
+from qat.plan.timing import Case, case_config, leave_one_out, load_cases, own_cases
 from qat.train.memory import GIB, Need, estimate
 from qat.train.shapes import network_weights
-
-_WHOLE_LOGITS = 12.0
-"""Bytes a logit where all are made at once: BF16, float32, its gradient, and that in BF16."""
 
 
 class Row(NamedTuple):
@@ -45,9 +43,9 @@ def error_rows() -> list[Row]:
 
 
 def memory_rows() -> list[Row]:
-    """Peak memory: the formula's error on every case whose peak was written down."""
+    """Peak memory: the formula's error on every case of our own training whose peak was written down."""
     rows = []
-    for case in load_cases():
+    for case in own_cases():
         if case.peak_gib is not None:
             estimated = case_peak(case) / GIB
             rows.append(Row(_words(case), case.peak_gib, round(estimated, 2), round(estimated / case.peak_gib - 1, 4)))
@@ -55,7 +53,7 @@ def memory_rows() -> list[Row]:
 
 
 def case_peak(case: Case) -> float:
-    """Bytes at the peak of a measured case, without the moments where no optimizer ran, its logits as the case says."""
+    """Bytes at the peak of a measured case, which took one batch a step."""
     config = case_config(case)
     need = Need(
         rank=case.rank,
@@ -65,13 +63,9 @@ def case_peak(case: Case) -> float:
         checkpointing=case.checkpointing,
         quantized=[weight.name for weight in network_weights(config) if weight.target] if case.rounded else [],
         teacher=case.teacher,
+        accumulates=False,
     )
-    found = estimate(config, need)
-    logits = case.batch * case.length * int(config["vocab_size"])
-    whole = logits * _WHOLE_LOGITS if case.logits == "whole" else found.logits
-    made = found.effective if case.route else 0.0
-    trained = found.trained if case.optimizer else found.trained / 2
-    return found._replace(logits=whole, trained=trained, effective=made).total
+    return estimate(config, need).total
 
 
 def _words(case: Case) -> str:

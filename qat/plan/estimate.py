@@ -235,6 +235,7 @@ class _Known:
             checkpointing=self.recipe.train.gradient_checkpointing,
             quantized=list(self.formats(str(stage.preset))) if student else (),
             teacher=student,
+            accumulates=block.gradient_accumulation > 1,
         )
 
     def _packable(self, stage: Stage) -> Sequence[str]:

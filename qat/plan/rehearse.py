@@ -14,12 +14,10 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-from peft import PeftModel
 
 from qat.calibration.run import set_ranges
 from qat.data.render import IGNORED
@@ -29,19 +27,16 @@ from qat.plan.random_base import random_base
 from qat.plan.rows import Row, Rows, estimate_rows
 from qat.plan.shape import find_shape
 from qat.plan.stages import STUDENT, Pass, Stage, training_stages
-from qat.quant.lora import use_fast_experts_
 from qat.quant.modelopt import collect_state, insert_quantizers
 from qat.quant.presets import preset_of
 from qat.quant.state import QuantState
 from qat.storage import write_json
-from qat.train.adapters import use_effective_weights_
-from qat.train.base import training_device
 from qat.train.batches import Sample, evaluation_order
 from qat.train.before import packed_by, require_fits
 from qat.train.compare import hidden_of_rows
 from qat.train.distill import DistillLoop, Lessons
 from qat.train.loop import Loop, Plan
-from qat.train.sft import SftLoop, make_trainable
+from qat.train.sft import SftLoop, make_trainable, make_tunable
 from qat.train.shapes import MODEL_TYPES
 from qat.train.student import quantize_
 
@@ -64,7 +59,8 @@ class RehearsedStage(NamedTuple):
         seconds: Projected.
         parts: Seconds by what they are spent on.
         rates: What was measured.
-        peak_gib: Peak memory while its steps ran: the GPU's, or on a CPU this process's (which never falls).
+        peak_gib: Peak memory once the network stood: the GPU's, or on a CPU this process's (which never falls).
+        took: Seconds that measuring it took, building the network included.
     """
 
     name: str
@@ -72,6 +68,7 @@ class RehearsedStage(NamedTuple):
     parts: dict[str, float]
     rates: dict[str, Rate]
     peak_gib: float
+    took: float
 
     def to_json(self) -> dict[str, Any]:
         """The fields, jsonable."""
@@ -84,6 +81,7 @@ class RehearsedStage(NamedTuple):
                 for name, rate in self.rates.items()
             },
             "peak_gib": round(self.peak_gib, 2),
+            "took": round(self.took, 1),
         }
 
 
@@ -126,11 +124,12 @@ class Rehearsal(NamedTuple):
         }
 
 
-def rehearse(recipe: Recipe) -> Rehearsal:
+def rehearse(recipe: Recipe, told: Callable[[RehearsedStage], None] = lambda _: None) -> Rehearsal:
     """Run a few steps of every training stage on random weights, and project the whole recipe.
 
     Args:
         recipe: The recipe; of its base only the sizes are needed.
+        told: Called with each stage as soon as it is measured.
 
     Raises:
         UserError: The sizes are not known here, or a stage does not fit into memory (with what would).
@@ -144,7 +143,10 @@ def rehearse(recipe: Recipe) -> Rehearsal:
         # Code that a config names is never run, and nothing is looked for beside it.
         write_json(stand_in / "config.json", {key: value for key, value in shape.text.items() if key != "auto_map"})
         stage = _Rehearser(recipe, shape.text, rows, stand_in, Path(scratch))
-        done = [stage.run(one) for one in stages]
+        done = []
+        for one in stages:
+            done.append(stage.run(one))
+            told(done[-1])
     return Rehearsal(recipe.name, device_name(), shape.origin, rows.how, done, time.monotonic() - start)
 
 
@@ -166,6 +168,7 @@ class _Rehearser:
 
     def run(self, stage: Stage) -> RehearsedStage:
         """Measure what a stage does that is not known yet, and project it."""
+        start = time.monotonic()
         reset_peak()
         if stage.name == "sft":
             self._fine_tune(stage)
@@ -189,7 +192,7 @@ class _Rehearser:
         parts["load"] = stage.loads * 2 * self._base_bytes / DISK_READ
         if stage.saves:
             parts["save"] = stage.saves * CHECKPOINT_BYTES * self._trainable / DISK_WRITE
-        return RehearsedStage(stage.name, sum(parts.values()), parts, rates, highest)
+        return RehearsedStage(stage.name, sum(parts.values()), parts, rates, highest, time.monotonic() - start)
 
     def _key(self, part: Pass, stage: Stage) -> tuple[str, str]:
         """Calibrating reads with collectors on, the teacher without."""
@@ -200,11 +203,7 @@ class _Rehearser:
     def _fine_tune(self, stage: Stage) -> None:
         block = self._recipe.train.sft
         samples, held_out = self._samples(self._rows.train), self._samples(_middle(self._rows.validation))
-        model, _ = make_trainable(self._recipe, self._build(), self._recipe.train.adapter, ends=True)
-        if isinstance(model, PeftModel) and not self._recipe.train.adapter.dropout:
-            use_effective_weights_(model)
-        if training_device().type == "cuda":
-            use_fast_experts_(model)
+        model, _ = make_tunable(self._recipe, self._build())
         order, tokens = _chosen([row.tokens for row in self._rows.train], block)
         plan = self._plan("rehearsing sft", order, "replies", block, "eval_loss")
         loop = SftLoop(model, samples, held_out, block, plan, self._scratch / "stage")
@@ -216,6 +215,7 @@ class _Rehearser:
         inserted = insert_quantizers(model, preset_of(preset, self._recipe.quant.presets, self._config), self._config)
         chosen = _middle(self._rows.train)
         samples, points = self._samples(chosen), []
+        set_ranges(model, block, samples, [0], preset)  # a GPU's kernels are compiled in the first pass
         for some in ([0], list(range(len(samples)))):
             taken = timed(partial(set_ranges, model, block, samples, some, preset))
             points.append((sum(chosen[row].tokens for row in some), taken))
@@ -253,6 +253,7 @@ class _Rehearser:
         gc.collect()
         model = random_base(self._base, self._packed, self._recipe.seed)
         self._base_bytes = float(sum(2 * parameter.numel() for parameter in model.parameters()))
+        reset_peak()  # packing it took more than its steps will
         return model
 
     def _train(self, loop: Loop, stage: Stage, tokens: Sequence[int], held_out: list[Sample]) -> None:

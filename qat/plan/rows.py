@@ -8,7 +8,7 @@ constant. Neither needs torch or transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,7 +63,7 @@ def estimate_rows(recipe: Recipe, folder: Path | None) -> Rows:
         folder: Of the base, for its tokenizer; None or without one: bytes are counted.
 
     Raises:
-        UserError: The data file is missing or no JSONL.
+        UserError: The data is missing, or holds a record that is no conversation.
     """
     from qat.data.schema import load_persona
 
@@ -71,6 +71,8 @@ def estimate_rows(recipe: Recipe, folder: Path | None) -> Rows:
     measure, how = _measure(recipe, folder, persona)
     if recipe.data.count is None:
         everything = measure(_read(Path(recipe.data.source)))
+        if not everything:
+            raise UserError("The data holds no conversation.", where=recipe.data.source)
         shuffled, held_out = everything, None
         how = f"conversations of {recipe.data.source}, {how}"
     else:
@@ -154,7 +156,7 @@ class _Measure:
     def __init__(self, persona: Persona, limit: int) -> None:
         self._persona, self._limit = persona, limit
 
-    def __call__(self, records: Iterable[dict[str, Any]]) -> list[Row]:
+    def __call__(self, records: Iterable[Mapping[str, Any]]) -> list[Row]:
         """Tokens of each record."""
         messages = [self._with_prompt(record) for record in records]
         replies = [
@@ -166,7 +168,7 @@ class _Measure:
             for total, reply in zip(self._totals(messages), replies, strict=True)
         ]
 
-    def _with_prompt(self, record: dict[str, Any]) -> list[dict[str, Any]]:
+    def _with_prompt(self, record: Mapping[str, Any]) -> list[dict[str, Any]]:
         rest = [message for message in record["messages"] if message["role"] != "system"]
         return [{"role": "system", "content": self._persona.system_prompt}, *rest]
 
@@ -220,32 +222,20 @@ def _parsed(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls} if calls else message
 
 
-def _read(path: Path) -> Iterable[dict[str, Any]]:
-    """The records of a JSONL file; what else may be wrong with them the audit says."""
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _record(path, number, line)
-    except OSError as error:
-        raise UserError("The conversations cannot be read.", where=str(path), value=error.strerror) from error
+def _read(path: Path) -> Iterable[Mapping[str, Any]]:
+    """The conversations of a file or folder; the first one that is none ends it, and the audit says the rest."""
+    from qat.data.load import form_of, read_entry
+    from qat.data.records import Source
 
-
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(
-            "A line of the conversations is no JSON.", where=f"{path}:{number}", value=str(error)
-        ) from error
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and "role" in message for message in messages
-    ):
-        raise UserError(
-            "A line of the conversations holds no messages.",
-            where=f"{path}:{number}",
-            remedy="`qat data audit` says what is wrong with each line",
-        )
-    found: dict[str, Any] = record
-    return found
+    source = Source(path)
+    form, stems = form_of(source), source.stems
+    for entry in source:
+        conversation, faults, _ = read_entry(entry, form, stem=stems[entry.file])
+        if conversation is None:
+            raise UserError(
+                "The data holds a record that is no conversation.",
+                where=f"{path}, {source.place(entry.file, entry.number)}",
+                value=faults[0],
+                remedy="`qat data audit` says what is wrong with each record",
+            )
+        yield conversation

@@ -16,14 +16,11 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from qat.train.shapes import Layer, Weight, network_layers, network_weights
+from qat.train.shapes import FORMED, LOW_RANK, Layer, Weight, low_rank_pays, network_layers, network_weights
 
 _BF16 = 2.0
-FORMED, GRADIENT = 4.0, 6.0
-"""Bytes a number of an adapted weight: of forming W + s B A (read, write), and of its whole gradient (write, and read
-for either factor)."""
-LOW_RANK = 10.0
-"""Bytes a row and feature of a low-rank product beside the weight's own, forward and backward together."""
+GRADIENT = 6.0
+"""Bytes a number of an adapted weight that its whole gradient moves: written, and read for either factor."""
 ROUNDED = 4.0
 """Bytes a number of a weight that is rounded to four bits in a forward (read, write)."""
 
@@ -137,7 +134,7 @@ class Network:
             + GRADIENT * sum(weight.numbers for weight in dense)
             + sum(LOW_RANK * self._rows(w, step.tokens) * (w.in_features + w.out_features) for w in apart)
             + ROUNDED * forwards * rounded,
-            activations=step.tokens * passes * sum(layer.saved for layer in self.layers),
+            activations=step.tokens * passes * sum(layer.entry + layer.saved for layer in self.layers),
             block_passes=passes * len(self.layers),
             weight_passes=passes
             * sum((w.name in step.adapted) + (w.name in step.rounded) for w in inside if w.matrices > 1),
@@ -156,13 +153,6 @@ class Network:
             return float(weight.numbers * (1 - (1 - self.active / weight.matrices) ** tokens))
 
         return numbers
-
-
-def low_rank_pays(rows: float, weight: Weight) -> bool:
-    """The rule of `qat.quant.products.low_rank_pays`, without torch; there it applies to experts alone."""
-    return (
-        weight.matrices > 1 and rows * LOW_RANK * (weight.in_features + weight.out_features) < FORMED * weight.numbers
-    )
 
 
 def read_network(config: Mapping[str, Any]) -> Network:

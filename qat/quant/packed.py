@@ -1,8 +1,8 @@
 """A base that is kept in NVFP4 while it is trained on (QLoRA): packed weights that the network sees as BF16 ones.
 
 `PackedWeight` stands in the place of a frozen parameter. Whatever is done with it is done with the BF16 weight that it
-unpacks to, for that one call; nothing but codes and scales (4.5 bits a number) stays. `F.linear` is taught not to keep
-the unpacked weight for the backward either.
+unpacks to, for that one call; nothing but codes and scales (4.5 bits a number) stays. `F.linear` and the experts'
+grouped product are taught not to keep the unpacked weight for the backward either.
 
 The weight that counts is dequant(Q(W)), with W's own largest magnitude (one an expert) as range: training sees it,
 merging adds s B A to it, and export starts from it. Adapters and quantizer states remember the packed base by
@@ -53,7 +53,9 @@ def pack(w: Tensor) -> Packed:
     Returns:
         Codes and scales on the weight's device. The range of a matrix of zeros is 1: all its codes are zero.
     """
-    amax = w.abs().amax(dim=(-2, -1)).float()
+    if w.dim() == 3:  # one after the other: the work space is some twenty bytes a number
+        return Packed(*(torch.stack(parts) for parts in zip(*map(pack, w), strict=True)))
+    amax = w.abs().amax().float()
     return quantize_weight(w, torch.where(amax > 0, amax, 1.0))
 
 
@@ -230,28 +232,50 @@ def add_low_rank_(weight: PackedWeight, a: Tensor, b: Tensor, scale: float) -> N
     weight.low_rank = (*weight.low_rank, factors)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`, whose argument names these are."""
-    if not isinstance(weight, PackedWeight):
-        return F.linear(dense(input), weight, bias)
-    y: Tensor = _Linear.apply(dense(input), weight, bias)  # type: ignore[no-untyped-call]
+def packed_product(
+    x: Tensor, weight: PackedWeight, offsets: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply with the unpacked weight, which is not kept: the backward unpacks it again.
+
+    Args:
+        x: (…, in); for experts (pairs, in), sorted by expert.
+        weight: (out, in) or (experts, out, in).
+        offsets: int32 (experts,), where each expert's rows end; for experts only.
+        bias: (out,); not for experts.
+
+    Returns:
+        (…, out).
+    """
+    y: Tensor = _Product.apply(x, weight, offsets, bias)  # type: ignore[no-untyped-call]
     return y
 
 
-class _Linear(torch.autograd.Function):
-    """x W^T + bias whose backward unpacks W again instead of keeping it."""
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, whose argument names these are."""
+    if isinstance(weight, PackedWeight):
+        return packed_product(dense(input), weight, None, bias)
+    return F.linear(dense(input), weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, of experts each group of rows with its own W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, offsets: Tensor | None, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(offsets)
         ctx.weight, ctx.has_bias = weight, bias is not None
-        return F.linear(x, weight.to_dense(), bias)
+        w = weight.to_dense()
+        return F.linear(x, w, bias) if offsets is None else F.grouped_mm(x, w.mT, offs=offsets)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        (gradient,) = gradients
-        to_x = gradient.matmul(ctx.weight.to_dense()) if ctx.needs_input_grad[0] else None
-        wanted = ctx.has_bias and ctx.needs_input_grad[2]
-        return to_x, None, gradient.flatten(0, -2).sum(dim=0) if wanted else None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
+        (gradient,), (offsets,) = gradients, ctx.saved_tensors
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            w = ctx.weight.to_dense()
+            to_x = gradient.matmul(w) if offsets is None else F.grouped_mm(gradient.contiguous(), w, offs=offsets)
+        wanted = ctx.has_bias and ctx.needs_input_grad[3]
+        return to_x, None, None, gradient.flatten(0, -2).sum(dim=0) if wanted else None
 
 
 def _unpack(packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.quant.effective import Adapted, whole
+from qat.quant.packed import PackedWeight, dense, packed_product
 
 # grouped_mm on a GPU wants rows of a multiple of 16 bytes.
 _RANK_MULTIPLE = 8
@@ -89,7 +90,11 @@ def low_rank_pays(rows: int, w: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, offsets: Tensor | None, bias: Tensor | None = None) -> Tensor:
-    """Compute x @ weight^T, for experts each group of rows with its own matrix."""
+    """Compute x @ weight^T, for experts each group of rows with its own matrix; a packed one is not kept unpacked."""
+    if offsets is not None:
+        x = x.to(weight.dtype)  # autocast does so for a linear and does not know the grouped product
+    if isinstance(weight, PackedWeight):
+        return packed_product(x, weight, offsets, bias)
     return F.linear(x, weight, bias) if offsets is None else F.grouped_mm(x, weight.mT, offs=offsets)
 
 
@@ -117,7 +122,6 @@ def _formed(weight: Adapted, quantizer: Any) -> Tensor:
         merged = weight.merged()
         return merged if quantizer is None else quantizer(merged)
     from qat.quant.kernels import nvfp4
-    from qat.quant.packed import dense
 
     with computing(quantizer, lambda w, amax: nvfp4.effective_weight(w, weight.a, weight.b, weight.scale, amax)):
         quantized: Tensor = quantizer(dense(weight.w))

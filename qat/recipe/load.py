@@ -278,14 +278,21 @@ def _reference(tree: Tree, key: KeyPath, folder: Path) -> list[Fault]:
 
 
 def _files(tree: Tree) -> list[Fault]:
-    """Faults where a data or template file that the recipe names is missing (seen from the current folder)."""
+    """Faults where data, replies or a template that the recipe names is missing (seen from the current folder)."""
     faults = []
-    source, template = tree.get(("data", "source")), tree.get(("base", "chat_template"))
-    for key, value, known in (("data.source", source, "generated"), ("base.chat_template", template, None)):
-        if isinstance(value, str) and value and value != known and not Path(value).is_file():
+    for key, known, folders in (
+        ("data.source", "generated", True),
+        ("base.chat_template", None, False),
+        ("train.distill.replies.file", None, False),
+    ):
+        value = tree.get(tuple(key.split(".")))
+        if not isinstance(value, str) or not value or value == known:
+            continue
+        if not (Path(value).exists() if folders else Path(value).is_file()):
             file, line = tree.place(tuple(key.split(".")))
             near = _nearest(value, [known]) if known else ""
-            faults.append(Fault(file, line, key, value, "no such file", known or "", near))
+            problem = "no such file or folder" if folders else "no such file"
+            faults.append(Fault(file, line, key, value, problem, known or "", near))
     return faults
 
 

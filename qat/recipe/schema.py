@@ -16,6 +16,9 @@ from pydantic_core import PydanticCustomError
 
 from qat.recipe.checks import PRESETS, cross_faults
 
+ALL_WEIGHTS_RATE = 1e-5
+"""Peak learning rate with `trains: all` where the recipe gives none (Nemotron 3 Nano's in arXiv:2601.20088)."""
+
 Family = Literal["nemotron_h", "qwen", "llama"]
 Target = Literal["attention", "mamba", "routed_experts", "shared_experts", "mlp"]
 Shipped = Literal["nvidia-nano", "conservative", "aggressive", "lightning", "all"]
@@ -63,10 +66,11 @@ class DataBlock(Block):
 
     source: Annotated[str, Field(min_length=1)] = Field(
         default="generated",
-        description="`generated` (grammars of this package, deterministic by seed) or a JSONL file.",
+        description="`generated` (grammars of this package, deterministic by seed), or a file or folder of "
+        "conversations in any form that `qat data audit` reads.",
     )
     count: PositiveInt | None = Field(
-        default=None, description="How many conversations to generate; null for a file (all)."
+        default=None, description="How many conversations to generate; null for a file or folder (all)."
     )
     seed: Seed = Field(default=11, description="Seed of the generator and of the split.")
     validation_fraction: Annotated[float, Field(gt=0.0, le=0.5)] = Field(
@@ -99,7 +103,9 @@ class SftBlock(Block):
     """Supervised fine-tuning of the BF16 persona (loss on assistant turns only)."""
 
     epochs: PositiveInt = Field(default=3, description="Passes over the training conversations.")
-    learning_rate: LearningRate = Field(default=1e-3, description="Peak learning rate.")
+    learning_rate: LearningRate = Field(
+        default=1e-3, description="Peak learning rate; where it is left out with `trains: all`, 1e-5."
+    )
     batch_size: PositiveInt = Field(default=8, description="Conversations per forward.")
     gradient_accumulation: PositiveInt = Field(default=1, description="Forwards per optimizer step.")
     warmup_ratio: Fraction = Field(default=0.05, description="Share of the steps in which the rate rises.")
@@ -145,7 +151,9 @@ class DistillBlock(Block):
     """Quantization-aware distillation: NVFP4 student, BF16 persona as teacher, forward KL."""
 
     max_steps: PositiveInt = Field(default=100, description="Optimizer steps.")
-    learning_rate: LearningRate = Field(default=3e-4, description="Peak learning rate.")
+    learning_rate: LearningRate = Field(
+        default=3e-4, description="Peak learning rate; where it is left out with `trains: all`, 1e-5."
+    )
     batch_size: PositiveInt = Field(default=8, description="Rows per forward.")
     gradient_accumulation: PositiveInt = Field(default=1, description="Forwards per optimizer step.")
     warmup_ratio: Fraction = Field(default=0.05, description="Share of the steps in which the rate rises.")
@@ -195,6 +203,16 @@ class TrainBlock(Block):
         description="Compute every layer's tensors again in the backward instead of keeping them: same gradients, "
         "less memory, one forward more.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gentle_with_all_weights(cls, block: object) -> object:
+        """The published rate of full-weight distillation where none is given; those of factors would wreck weights."""
+        if not isinstance(block, dict) or block.get("trains") != "all":
+            return block
+        stages = {name: block.get(name, {}) for name in ("sft", "distill")}
+        given = {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
+        return {**block, **{name: {"learning_rate": ALL_WEIGHTS_RATE, **stage} for name, stage in given.items()}}
 
     @field_validator("memory", mode="before")
     @classmethod

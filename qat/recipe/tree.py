@@ -25,22 +25,15 @@ class TreeFault(NamedTuple):
     allowed: str = ""
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's core scalars: `1e-3` is a number, `no` and `on` are words, dates stay text."""
-
-
-_Loader.yaml_implicit_resolvers = {}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(?:null|Null|NULL|~|)$"), ["n", "N", "~", ""])
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$"
+_CORE = (
+    ("null", r"^(?:null|Null|NULL|~|)$", ["n", "N", "~", ""]),
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"^[-+]?[0-9]+$", list("-+0123456789")),
+    (
+        "float",
+        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|^\.(?:nan|NaN|NAN)$",
+        list("-+.0123456789"),
     ),
-    list("-+.0123456789"),
 )
 
 
@@ -48,7 +41,22 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(str(loader.construct_scalar(node)))  # PyYAML reads 010 as octal; YAML 1.2 does not
 
 
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+def with_core_scalars(base: Any) -> Any:
+    """A loader class that reads YAML 1.2's core scalars.
+
+    `1e-3` is a number, `no` and `on` are words, `7:30` and dates stay text.
+
+    Args:
+        base: A safe loader of PyYAML, in Python or in C.
+    """
+    made: Any = type("CoreLoader", (base,), {"yaml_implicit_resolvers": {}})
+    for kind, pattern, first in _CORE:
+        made.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(pattern), first)
+    made.add_constructor("tag:yaml.org,2002:int", _construct_int)
+    return made
+
+
+_Loader = with_core_scalars(yaml.SafeLoader)
 
 
 def parse_value(text: str) -> object:

@@ -216,9 +216,10 @@ def _comparison_row(row: Mapping[str, Any]) -> dict[str, Any]:
         "self_flips": _self_flips(row.get("self_flips")),
         "reference_self_flips": _self_flips(row.get("reference_self_flips")),
         "p_mcnemar": number(row.get("p_mcnemar"), 2),
+        "p_holm": "" if row.get("p_holm") is None else number(row["p_holm"], 2),
         "tost_p": number(row.get("tost_p"), 2),
         "margin": points(row.get("margin")).lstrip("+"),
-        "equivalent": "too few" if equivalent is None else "yes" if equivalent else "no",
+        "equivalent": "too few" if equivalent is None else "yes" if equivalent else "not shown",
     }
 
 

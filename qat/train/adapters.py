@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from qat import __version__
 from qat.errors import UserError
 from qat.receipt import sha256_file
+from qat.train.shapes import described
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,8 @@ def find_targets(model: PreTrainedModel, family: str, kinds: tuple[str, ...]) ->
         Kind -> paths of linears (without `.weight`) and of fused expert parameters.
 
     Raises:
-        UserError: A kind is unknown to the family or matches nothing in this model.
+        UserError: A kind is unknown to the family, or matches nothing in this model or less than its configuration
+            describes (a library that fuses or renames a projection would else leave a smaller adapter).
     """
     import torch
 
@@ -135,6 +137,14 @@ def find_targets(model: PreTrainedModel, family: str, kinds: tuple[str, ...]) ->
                 value=kind,
                 remedy=f"leave it out; this base has {', '.join(present) or 'none of the known kinds'}",
             )
+        wanted = described(model.config.to_dict(), kind)
+        if missing := sorted(wanted - set(found[kind])):
+            raise UserError(
+                f"The adapter target {kind!r} reaches {len(wanted) - len(missing)} of {len(wanted)} weights.",
+                where=missing[0],
+                value=kind,
+                remedy="this version of transformers builds the base otherwise than its config.json says; take another",
+            )
     return found
 
 
@@ -161,7 +171,7 @@ def attach_adapter(model: PreTrainedModel, block: AdapterBlock, family: str, see
         The PEFT model, factors in float32 and trainable, and what they reach.
 
     Raises:
-        UserError: A target matches nothing.
+        UserError: A target matches nothing, or less than the base's configuration describes.
         RuntimeError: PEFT reached other weights than the recipe's targets stand for.
     """
     import torch
@@ -336,7 +346,12 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_sha256: str, parent:
     from safetensors.torch import load_file
 
     _require_origin(folder, base_sha256, parent)
-    config = LoraConfig.from_pretrained(str(folder))
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError("The adapter's configuration cannot be read.", where=str(folder), value=str(error)) from error
+    if not isinstance(config, LoraConfig):
+        raise UserError("The adapter is no LoRA.", where=str(folder), value=type(config).__name__)
     config.inference_mode = False
     ensure_peft_patches(str(model.config.model_type))
     wrapped: PeftModel = get_peft_model(model, config, adapter_name=ADAPTER)

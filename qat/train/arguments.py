@@ -45,7 +45,7 @@ def training_arguments(block: SftBlock | DistillBlock, steps: int, seed: int, fo
         warmup_steps=math.ceil(block.warmup_ratio * steps),
         weight_decay=block.weight_decay,
         max_grad_norm=block.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
         seed=seed,
         logging_strategy="steps",
         logging_steps=1,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +26,12 @@ TINY_BASE = "tiny-base"
 """Recipe name of the embedded checkpoint."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HASHED_TOGETHER = 4
+_REMEMBERED_FROM = 1 << 26
+_SETTLED_NS = 5_000_000_000
+_hashed: dict[tuple[int, ...], str] = {}
+
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 # Without the first two the loaded network is not the one that the checkpoint holds and vLLM serves; with the third a
 # GPU uses mamba-ssm's kernels where that package was built without its CUDA extension.
@@ -49,7 +57,7 @@ def resolve_base(block: BaseBlock) -> Path:
 
     Raises:
         UserError: There is no such folder, the hub id is not in the local cache, the folder is no complete checkpoint,
-            or it holds a model of another family.
+            or it holds a quantized model or one of another family.
     """
     if block.model == TINY_BASE:
         folder = Path(__file__).resolve().parents[1] / "data" / "tiny_base"
@@ -64,6 +72,21 @@ def resolve_base(block: BaseBlock) -> Path:
             value=block.model,
             remedy=f"name {TINY_BASE!r}, a folder with config.json and safetensors, or a hub id in the local cache",
         )
+    require_suitable(folder, block)
+    weight_files(folder)
+    return folder
+
+
+def require_suitable(folder: Path, block: BaseBlock) -> None:
+    """Check a base by its configuration alone, which is there before any weight is.
+
+    Args:
+        folder: With `config.json`.
+        block: Says the family that it must be of.
+
+    Raises:
+        UserError: There is no readable configuration, it is of another family, or the weights are quantized.
+    """
     config = _read_config(folder)
     if config.get("model_type") not in _MODEL_TYPES[block.family]:
         raise UserError(
@@ -72,8 +95,21 @@ def resolve_base(block: BaseBlock) -> Path:
             value=f"model_type: {config.get('model_type')!r}",
             remedy=f"base.family {block.family} takes {', '.join(_MODEL_TYPES[block.family])}",
         )
-    weight_files(folder)
-    return folder
+    if "quantization_config" in config or (folder / "hf_quant_config.json").exists():
+        raise UserError(
+            "The base checkpoint is quantized already: training starts from BF16 weights.",
+            where=str(folder),
+            value=_quantization(config),
+            remedy="name the BF16 checkpoint that it was made from; `train.memory: nvfp4` packs it while loading",
+        )
+
+
+def _quantization(config: dict[str, Any]) -> str | None:
+    """What a quantized checkpoint says of itself."""
+    own = config.get("quantization_config")
+    if not isinstance(own, dict):
+        return None
+    return ", ".join(str(own[key]) for key in ("quant_method", "quant_algo", "format") if own.get(key)) or None
 
 
 def _cached_snapshot(hub_id: str, revision: str | None) -> Path:
@@ -88,7 +124,7 @@ def _cached_snapshot(hub_id: str, revision: str | None) -> Path:
             f"The base checkpoint is neither a folder here nor in the local Hugging Face cache{at}.",
             where="base.model",
             value=hub_id,
-            remedy=f"download it where there is a network (`hf download {hub_id}`), or name its folder",
+            remedy="`qat fetch` brings it where there is a network; without one name its folder",
         ) from error
 
 
@@ -114,11 +150,11 @@ def weight_files(folder: Path) -> list[Path]:
         folder: The checkpoint.
 
     Raises:
-        UserError: There are none, or one that the index names is missing.
+        UserError: There are none, one that the index names is missing, or the index is missing or damaged.
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        named = _indexed(index)
         missing = [name for name in named if not (folder / name).is_file()]
         if missing:
             raise UserError(
@@ -135,7 +171,28 @@ def weight_files(folder: Path) -> list[Path]:
             where=str(folder),
             remedy="only safetensors are read, never pickles",
         )
+    shards = [file.name for file in files if _SHARD.fullmatch(file.name)]
+    if shards:
+        raise UserError(
+            "The base checkpoint lies in several weight files, and their index is missing.",
+            where=str(index),
+            value=f"{len(shards)} files, first {shards[0]}",
+            remedy="download the checkpoint again: without the index nobody can tell whether all files are there",
+        )
     return files
+
+
+def _indexed(index: Path) -> list[str]:
+    """The files that an index names."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            "The index of the weight files is damaged.",
+            where=str(index),
+            value=f"{type(error).__name__}: {error}",
+            remedy="download the checkpoint again",
+        ) from error
 
 
 def base_sha256(folder: Path) -> str:
@@ -149,10 +206,29 @@ def base_sha256(folder: Path) -> str:
         the file in hexadecimal, line feed. Configuration and tokenizer do not enter it: they may be mended without
         touching what was trained.
     """
+    files = weight_files(folder)
     digest = hashlib.sha256()
-    for file in weight_files(folder):
-        digest.update(f"{file.name}\0{sha256_file(file)}\n".encode())
+    with ThreadPoolExecutor(_HASHED_TOGETHER) as pool:
+        for file, own in zip(files, pool.map(_file_sha256, files), strict=True):
+            digest.update(f"{file.name}\0{own}\n".encode())
     return digest.hexdigest()
+
+
+def _file_sha256(file: Path) -> str:
+    """SHA-256 of a weight file, once a process: every stage asks for the base's, and 63 GB take most of a minute.
+
+    It is the same file as long as its place on the disk, size and times are. Of one that was touched a moment ago the
+    times may not tell the next change, and a small one costs nothing.
+    """
+    stat = file.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _hashed:
+        settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS
+        own = sha256_file(file)
+        if not settled or stat.st_size < _REMEMBERED_FROM:
+            return own
+        _hashed[key] = own
+    return _hashed[key]
 
 
 def training_device() -> torch.device:
@@ -195,6 +271,8 @@ def load_base(folder: Path) -> PreTrainedModel:
             local_files_only=True,
             experts_implementation="eager",
             output_loading_info=True,
+            # Of other shapes they are listed in the loading info, and refused below with their names.
+            ignore_mismatched_sizes=True,
         )
     except SafetensorError as error:
         raise UserError(
@@ -206,7 +284,7 @@ def load_base(folder: Path) -> PreTrainedModel:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-    faults = {kind: sorted(info[kind]) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
+    faults = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if faults:
         raise UserError(
             "The base checkpoint does not fit its own config.json.",

@@ -10,8 +10,8 @@ from qat.errors import UserError
 from qat.quant.packed import packed_modules
 from qat.quant.presets import preset_of
 from qat.train.base import training_device, weight_files
-from qat.train.memory import GIB, RESERVE, Need, require_memory
-from qat.train.parallel import ranks
+from qat.train.memory import GIB, RESERVE, Need, estimate, require_memory
+from qat.train.parallel import ranks, sharding
 from qat.train.shapes import MODEL_TYPES
 
 if TYPE_CHECKING:
@@ -44,7 +44,8 @@ def require_fits(recipe: Recipe, base: Path, stage: str, packed: list[str], quan
         quantized: Modules with quantizers.
 
     Returns:
-        The estimate in GiB by part, for the receipt. For a model type whose layers are not known, its weights alone.
+        The estimate in GiB by part, for the receipt: that of one process with its share of a batch and the whole base,
+        also where FSDP2 cuts it afterwards. For a model type whose layers are not known, its weights alone.
 
     Raises:
         UserError: It does not fit, and the recipe does not allow it by name; or several processes share a packed base.
@@ -54,36 +55,65 @@ def require_fits(recipe: Recipe, base: Path, stage: str, packed: list[str], quan
             "A packed base is trained on one GPU.",
             where="train.memory",
             value=f"nvfp4 on {ranks()} processes",
-            remedy="use one GPU, or `memory: bf16`, which is sharded",
+            remedy="use one GPU, or `memory: bf16`",
         )
     config, free = _config(base), _free_bytes()
-    block = recipe.train.sft if stage == "sft" else recipe.train.distill
-    adapter = recipe.train.adapter if stage == "sft" else recipe.distill_adapter
-    if config.get("model_type") not in MODEL_TYPES:
-        size = sum(path.stat().st_size for path in weight_files(base))
-        if size > free * (1 - RESERVE) and "memory" not in recipe.train.allow:
+    allowed = "memory" in recipe.train.allow
+    known = config.get("model_type") in MODEL_TYPES
+    if not known or sharding():
+        stored = sum(path.stat().st_size for path in weight_files(base))
+        # FSDP2 cuts the loaded base, so that for a moment it and the parts stand side by side.
+        size = stored * (1 + 1 / ranks()) if sharding() else stored
+        if size > free * (1 - RESERVE) and not allowed:
             raise UserError(
                 "The base does not fit into memory.",
                 where=str(base),
                 value=f"{size / GIB:.1f} GiB of {free / GIB:.1f} GiB free",
                 remedy="take another device; `train.allow: [memory]` tries all the same",
             )
-        return {"weights": round(size / GIB, 2)}
-    need = Need(
+        if not known:
+            return {"weights": round(stored / GIB, 2)}
+    need = _need(recipe, stage, packed, quantized, ranks())
+    packable = _packable(recipe, config) if recipe.train.trains == "adapter" else []
+    available = float("inf") if allowed or sharding() else free  # shards are not in the estimate
+    return require_memory(config, need, available, packable, f"train.{stage}").to_json()
+
+
+def fits_whole(recipe: Recipe, base: Path, stage: str, quantized: list[str], processes: int, free: float) -> bool:
+    """Whether a GPU of several has room for the whole BF16 base beside its share of a batch, as far as can be told.
+
+    Args:
+        recipe: Batch, length, adapter.
+        base: Folder of the base checkpoint.
+        stage: `sft` or `distill`.
+        quantized: Modules with quantizers.
+        processes: How many share a batch.
+        free: Bytes that the fullest GPU has free.
+    """
+    config = _config(base)
+    if config.get("model_type") not in MODEL_TYPES:
+        return False  # what a step needs beside the weights cannot be told
+    found = estimate(config, _need(recipe, stage, [], quantized, processes))
+    # DDP keeps another copy of the factors' gradients, 4 bytes beside the 12 of `trained`, to send them in few pieces.
+    return found.total + found.trained / 3 <= free * (1 - RESERVE)
+
+
+def _need(recipe: Recipe, stage: str, packed: list[str], quantized: list[str], processes: int) -> Need:
+    block = recipe.train.sft if stage == "sft" else recipe.train.distill
+    adapter = recipe.train.adapter if stage == "sft" else recipe.distill_adapter
+    return Need(
         memory="nvfp4" if packed else "bf16",
         packed=packed,
         trains=recipe.train.trains,
         rank=adapter.rank,
         targets=adapter.targets,
-        batch_size=-(-block.batch_size // ranks()),
+        batch_size=-(-block.batch_size // processes),
         length=recipe.data.max_length,
         checkpointing=recipe.train.gradient_checkpointing,
         quantized=quantized,
         teacher=stage == "distill",
+        accumulates=block.gradient_accumulation > 1,
     )
-    allowed = "memory" in recipe.train.allow or ranks() > 1  # shards are not in the estimate
-    packable = _packable(recipe, config) if recipe.train.trains == "adapter" else []
-    return require_memory(config, need, float("inf") if allowed else free, packable, f"train.{stage}").to_json()
 
 
 def require_trained_share(recipe: Recipe, counts: RowCounts, file: Path) -> None:
@@ -117,7 +147,8 @@ def _free_bytes() -> float:
     import torch
 
     if training_device().type == "cuda":
-        return float(torch.cuda.mem_get_info()[0])
+        # What torch keeps of earlier stages, and no tensor uses, is free for this one.
+        return float(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:  # only Linux has it; elsewhere nothing can be told beforehand

@@ -24,7 +24,7 @@ from qat.quant.modelopt import collect_state
 from qat.train.adapters import Coverage, save_adapter
 from qat.train.base import base_sha256, load_tokenizer
 from qat.train.batches import Sample, encode_file, training_order
-from qat.train.before import require_fits
+from qat.train.before import require_fits, require_trained_share
 from qat.train.compare import Divergence, Reference, compare, hidden_of_rows, make_references
 from qat.train.full import MODEL_FOLDER, MasterWeights, save_model
 from qat.train.loop import Loop, LoopResult, Plan
@@ -279,6 +279,8 @@ def _prepare(
     tokenizer = load_tokenizer(recipe.base, base)
     train = encode_file(files[0], tokenizer, recipe.data.max_length)
     held_out = encode_file(files[1], tokenizer, recipe.data.max_length)
+    if block.tokens == "replies":
+        require_trained_share(recipe, count_rows(train), files[0])
     facts = {**facts, "template": tokenizer.chat_template}
     teacher = load_persona(base, persona, facts["base"])
     written = _replies(recipe, teacher, train.samples, tokenizer, facts, files[0], out)

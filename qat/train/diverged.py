@@ -9,7 +9,8 @@ conditions, because late in training the median may be tiny.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,21 +46,24 @@ def exploded(norm: float, past: Sequence[float], max_norm: float) -> bool:
     return norm > EXPLOSION * statistics.median(recent) and norm > CLIPPED_AWAY * max_norm
 
 
-def divergence(what: str, how: str, place: str, conversations: Sequence[str], kept: str) -> UserError:
+def divergence(what: str, how: str, place: str, conversations: Sequence[str], kept: str | None) -> UserError:
     """Make the one message for a training that went wrong.
 
     Args:
         what: Which training, at which step.
         how: What was seen.
-        place: Where; from `first_fault` or `largest_gradient`.
-        conversations: Ids of the rows of that step.
-        kept: What is left of the training.
+        place: Where; from `first_fault`, `first_output` or `largest_gradient`.
+        conversations: Ids of the rows of that step; empty for a validation.
+        kept: What is left of the training; None before its first step.
     """
+    shown = ", ".join(conversations[:8]) + (", …" if len(conversations) > 8 else "")
+    advice = "lower the learning rate, or look at these conversations" if shown else "lower the learning rate"
+    untrained = "nothing has been trained yet: look at the base's weights and at the held-out conversations"
     return UserError(
         f"{what}: {how}.",
         where=place,
-        value=f"conversations {', '.join(conversations[:8])}" + (", …" if len(conversations) > 8 else ""),
-        remedy=f"lower the learning rate, or look at these conversations; {kept}",
+        value=f"conversations {shown}" if shown else None,
+        remedy=untrained if kept is None else f"{advice}; {kept}",
     )
 
 
@@ -91,32 +95,57 @@ def first_fault(model: nn.Module, passes: Iterable[Callable[[], Tensor]]) -> str
     if broken:
         return f"parameter {_plain(broken[0])} was not finite before the forward"
     model.zero_grad()
-    outputs: list[str] = []
     losses = []
-    handles = [module.register_forward_hook(_note_output(name, outputs)) for name, module in model.named_modules()]
-    try:
+    with _noted_outputs(model) as outputs:
         for run in passes:
             loss = run()
             losses.append(bool(loss.isfinite()))
             loss.backward()
-    finally:
-        for handle in handles:
-            handle.remove()
     gradients = [
         name
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not _finite(parameter.grad)
     ]
     model.zero_grad()
-    found = None
-    if outputs:
-        found = f"the output of {_plain(outputs[0]) or 'the model'} is the first that is not finite"
-    elif not all(losses):
+    found = _first(outputs)
+    if found is None and not all(losses):
         found = "the loss is not finite, though every layer's output is"
-    elif gradients:
+    elif found is None and gradients:
         found = f"the gradient of {_plain(gradients[-1])} is the first that is not finite, though the loss is finite"
     heard = [text for text in gathered(found) if text is not None]
     return heard[0] if heard else "a second run of the same step was finite: dropout, or the hardware"
+
+
+def first_output(model: nn.Module, validate: Callable[[], Any]) -> str:
+    """Find the layer whose output stopped being finite first, by validating once more under observation.
+
+    Args:
+        model: In `eval` mode. Every process of a training must call this.
+        validate: Runs the model over all held-out rows.
+
+    Returns:
+        Half a sentence that names the place.
+    """
+    with torch.no_grad(), _noted_outputs(model) as outputs:
+        validate()
+    heard = [text for text in gathered(_first(outputs)) if text is not None]
+    return heard[0] if heard else "the loss of the held-out rows, though every layer's output is finite"
+
+
+@contextmanager
+def _noted_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules whose output was not finite, the first one alone, while the block runs."""
+    outputs: list[str] = []
+    handles = [module.register_forward_hook(_note_output(name, outputs)) for name, module in model.named_modules()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first(outputs: Sequence[str]) -> str | None:
+    return f"the output of {_plain(outputs[0]) or 'the model'} is the first that is not finite" if outputs else None
 
 
 def _note_output(name: str, found: list[str]) -> Any:

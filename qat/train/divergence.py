@@ -6,6 +6,7 @@ positions.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from qat.train.student import load_quant_state, quantize_
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from qat.recipe.schema import Recipe
 
@@ -72,17 +74,15 @@ def measure(
     persona = load_persona(base, persona_adapter, sha256)
     with record_choices(persona) as expected:
         references = make_references(persona, samples)
+    # The first arm begins with this network, and only one need fit into memory.
+    loaded: PreTrainedModel | None = persona
+    del persona
     counted = [(reference.batch.targets != IGNORED).reshape(-1) for reference in references]
     results: dict[str, ArmDivergence] = {}
     with progress_bar("divergence", len(arms)) as bar:
         for done, (name, (adapter, state)) in enumerate(arms.items()):
-            # Quantizers and wrappers change the network for good, so every arm starts from a persona of its own.
-            model: torch.nn.Module = persona if done == 0 else load_persona(base, persona_adapter, sha256)
-            standing = sha256
-            if adapter is not None and is_model(adapter):
-                model, standing = load_base(adapter), base_sha256(adapter)
-            elif adapter is not None:
-                model = load_adapter(model, adapter, sha256, parent=persona_sha256(persona_adapter))
+            model, standing = _network(base, persona_adapter, sha256, adapter, loaded)
+            loaded = None
             if state is not None:
                 quantize_(model, base, load_quant_state(state, base, standing))
             elif isinstance(model, PeftModel):
@@ -91,4 +91,27 @@ def measure(
                 replies = compare(model, references, samples)
             results[name] = ArmDivergence(replies, compare_choices(expected, choices, counted))
             bar.update(done + 1, f"{name} KL {replies.kl:.4f}")
+            # Quantizers and wrappers change a network for good, and hold it in circles.
+            del model
+            gc.collect()
     return results
+
+
+def _network(
+    base: Path, persona: Path, sha256: str, adapter: Path | None, loaded: PreTrainedModel | None
+) -> tuple[torch.nn.Module, str]:
+    """An arm's network before quantization, and what its quantizer state stands on.
+
+    Args:
+        base: Folder of the base checkpoint.
+        persona: What fine-tuning left.
+        sha256: What the persona stands on.
+        adapter: What distillation left; None for an arm without.
+        loaded: The persona's network where it is there already.
+    """
+    if adapter is not None and is_model(adapter):
+        return load_base(adapter), base_sha256(adapter)
+    model = load_persona(base, persona, sha256) if loaded is None else loaded
+    if adapter is None:
+        return model, sha256
+    return load_adapter(model, adapter, sha256, parent=persona_sha256(persona)), sha256

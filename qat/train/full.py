@@ -45,7 +45,11 @@ def train_all_(model: PreTrainedModel, *, ends: bool) -> Coverage:
 
     Returns:
         What is trained.
+
+    Raises:
+        UserError: The names of this model type's tensors are not known, so that the result could not be written.
     """
+    memory_name("", str(model.config.model_type))
     skipped: dict[str, int] = {}
     routers = 0
     for name, parameter in model.named_parameters():
@@ -149,6 +153,9 @@ def save_model(model: PreTrainedModel, base: Path, folder: Path, **origin: Any) 
         base: The checkpoint that it was loaded from.
         folder: Where it goes; replaced.
         origin: Facts for `qat_model.json`.
+
+    Raises:
+        RuntimeError: A trained parameter belongs to no tensor of the base, so that its training would be lost.
     """
     from safetensors import safe_open
     from safetensors.torch import save
@@ -159,11 +166,16 @@ def save_model(model: PreTrainedModel, base: Path, folder: Path, **origin: Any) 
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     files = weight_files(base)
+    written: set[str] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+        written |= {_holder(name, parameters, model_type) for name in stored}
         tensors = {name: _current(name, tensor, parameters, model_type) for name, tensor in stored.items()}
         write_atomic(fresh / path.name, save(tensors, metadata={"format": "pt"}))
+    lost = [name for name, one in parameters.items() if one.requires_grad and name not in written]
+    if lost:
+        raise RuntimeError(f"{len(lost)} trained parameters are no tensors of the base, first {lost[0]}")
     for path in base.iterdir():
         if path.is_file() and path not in files and path.suffix != ".safetensors":
             shutil.copyfile(path, fresh / path.name)
@@ -172,16 +184,22 @@ def save_model(model: PreTrainedModel, base: Path, folder: Path, **origin: Any) 
     os.replace(fresh, folder)
 
 
-def _current(name: str, stored: Tensor, parameters: dict[str, Tensor], model_type: str) -> Tensor:
-    """The value that a tensor of the checkpoint has in the model; what the model does not train is kept as stored."""
+def _holder(name: str, parameters: dict[str, Tensor], model_type: str) -> str:
+    """The parameter that a tensor of the checkpoint stands in, whole or as one expert's part."""
     match = _EXPERT.fullmatch(name)
     if match is None:
-        parameter = parameters.get(memory_name(name, model_type))
-    else:
-        experts, projection = memory_name(match["experts"], model_type), match["projection"]
-        parameter = parameters.get(f"{experts}.{projection}")
-        if parameter is None and f"{experts}.gate_up_proj" in parameters:
-            halves = parameters[f"{experts}.gate_up_proj"].chunk(2, dim=1)
-            parameter = halves[0 if projection == "gate_proj" else 1]
-        parameter = None if parameter is None else parameter[int(match["expert"])]
+        return memory_name(name, model_type)
+    experts = memory_name(match["experts"], model_type)
+    own, fused = f"{experts}.{match['projection']}", f"{experts}.gate_up_proj"
+    return fused if own not in parameters and fused in parameters else own
+
+
+def _current(name: str, stored: Tensor, parameters: dict[str, Tensor], model_type: str) -> Tensor:
+    """The value that a tensor of the checkpoint has in the model; what the model does not train is kept as stored."""
+    holder, match = _holder(name, parameters, model_type), _EXPERT.fullmatch(name)
+    parameter = parameters.get(holder)
+    if parameter is not None and match is not None:
+        if holder.endswith("gate_up_proj"):
+            parameter = parameter.chunk(2, dim=1)[0 if match["projection"] == "gate_proj" else 1]
+        parameter = parameter[int(match["expert"])]
     return stored if parameter is None else parameter.detach().to("cpu", stored.dtype).contiguous()

@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 STAGES = {"sft": ("qat.train.sft", "train_sft"), "distill": ("qat.train.distill", "distill")}
 """Stage -> module and function: (recipe, paths…, folder of the stage) -> report with `to_json`."""
 
+REPLICATED = ("--multi_gpu",)
+"""Every process keeps the whole base, and DDP averages the factors' gradients. Also on CPUs, over gloo."""
+
 SHARDED = (
     *("--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP"),
     *("--fsdp_reshard_after_forward", "true", "--fsdp_cpu_ram_efficient_loading", "false"),
-    *("--fsdp_state_dict_type", "FULL_STATE_DICT"),
 )
-"""How accelerate shards on GPUs: by FSDP2, layer by layer; `qat.train.parallel.choose_layers` says which."""
+"""Every process keeps a part of each layer: FSDP2; `qat.train.parallel.choose_layers` says of which layers."""
 
 PROGRAM = "qat.train.launch"
 """What each process runs."""
 
-REPLICATED = ("--multi_gpu",)
-"""On CPUs, where accelerate has no FSDP2: plain DDP over gloo."""
-
+_METHODS = {"--multi_gpu": REPLICATED, "--use_fsdp": SHARDED}
+_QUANT_STATE = 2  # among the paths of distillation
 _PLAIN = ("--mixed_precision", "no", "--dynamo_backend", "no")
 _FOLDER = "processes"
 _STOP_SECONDS = 40
@@ -54,7 +55,8 @@ class Processes(NamedTuple):
 
     Attributes:
         gpus: On all machines together; 1 is this process.
-        flags: Further flags for `accelerate launch`, such as those of several machines.
+        flags: Further flags for `accelerate launch`, such as those of several machines; `--multi_gpu` or `--use_fsdp`
+            says how the base is kept, which is otherwise chosen by what fits.
     """
 
     gpus: int = 1
@@ -109,8 +111,10 @@ def run_stage(stage: str, recipe: Recipe, paths: Sequence[Path], processes: Proc
     shutil.rmtree(folder, ignore_errors=True)
     if processes.gpus == 1:
         return Outcome(_function(stage)(recipe, *paths).to_json(), list(handled()))
-    _require_shardable(recipe)
-    method = _require_devices(processes)
+    _require_adapter(recipe)
+    _require_devices(processes)
+    _free_device()
+    method = _method(stage, recipe, paths, processes)
     job = folder / "job.json"
     content = {
         "stage": stage,
@@ -118,14 +122,10 @@ def run_stage(stage: str, recipe: Recipe, paths: Sequence[Path], processes: Proc
         "paths": [str(path.resolve()) for path in paths],
     }
     write_json(job, content)
-    _free_device()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *method, *_PLAIN]
-    command += ["--num_processes", str(processes.gpus)]
-    command += processes.flags or ("--num_machines", "1", "--main_process_port", "0")
-    command += ["-m", PROGRAM, str(job.resolve())]
+    command = launch_command(method, processes, PROGRAM, job)
     if processes.machines > 1:
         print(f"on every other machine, with its own --machine_rank: {' '.join(command)}", file=sys.stderr, flush=True)
-    status = _supervise(command, folder / "launcher.log")
+    status = supervise(command, folder / "launcher.log")
     if (fault := folder / "fault.json").is_file():
         raise UserError(**json.loads(fault.read_text(encoding="utf-8")))
     if status != 0:
@@ -135,14 +135,31 @@ def run_stage(stage: str, recipe: Recipe, paths: Sequence[Path], processes: Proc
     return Outcome(**result)
 
 
+def launch_command(method: Sequence[str], processes: Processes, program: str, job: Path) -> list[str]:
+    """The command that starts accelerate's launcher.
+
+    Args:
+        method: `REPLICATED`, `SHARDED`, or nothing for one process.
+        processes: How many, and further flags.
+        program: Module that each process runs.
+        job: Its argument.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", *method, *_PLAIN]
+    command += ["--num_processes", str(processes.gpus)]
+    if processes.machines == 1:
+        command += ["--num_machines", "1", "--main_process_port", "0"]
+    command += [flag for flag in processes.flags if flag not in _METHODS]
+    return [*command, "-m", program, str(job.resolve())]
+
+
 def _function(stage: str) -> Callable[..., Any]:
     module, name = STAGES[stage]
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 
 
-def _require_shardable(recipe: Recipe) -> None:
-    """Refuse what FSDP2 does not cut: packed weights are tensors of a kind of their own.
+def _require_adapter(recipe: Recipe) -> None:
+    """Refuse what has no way over several processes: packed weights are tensors of a kind of their own.
 
     Raises:
         UserError: The recipe packs the base, or trains more than an adapter.
@@ -160,8 +177,8 @@ def _require_shardable(recipe: Recipe) -> None:
             )
 
 
-def _require_devices(processes: Processes) -> tuple[str, ...]:
-    """The launcher's flags for this machine.
+def _require_devices(processes: Processes) -> None:
+    """Check that this machine can run its part of the processes.
 
     Raises:
         UserError: There are fewer GPUs than asked for.
@@ -176,17 +193,37 @@ def _require_devices(processes: Processes) -> tuple[str, ...]:
             value=f"{processes.gpus} over {processes.machines} machines",
             remedy="give every machine the same number",
         )
-    if visible >= here:
-        return SHARDED
     # accelerate's own switch. Processes on CPUs are for tests: they share no memory, only time.
-    if visible == 0 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        return REPLICATED
-    raise UserError(
-        "There are fewer GPUs than asked for.",
-        where="--gpus",
-        value=f"{here} asked for on this machine, {visible} visible",
-        remedy="ask for fewer; without a GPU leave --gpus out, training then uses all cores of the CPU",
-    )
+    on_cpus = visible == 0 and os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if visible < here and not on_cpus:
+        raise UserError(
+            "There are fewer GPUs than asked for.",
+            where="--gpus",
+            value=f"{here} asked for on this machine, {visible} visible",
+            remedy="ask for fewer; without a GPU leave --gpus out, training then uses all cores of the CPU",
+        )
+
+
+def _method(stage: str, recipe: Recipe, paths: Sequence[Path], processes: Processes) -> tuple[str, ...]:
+    """Keep the base as the flags say; else whole where that fits every GPU, in parts where it does not.
+
+    Raises:
+        UserError: A preset or a file of the stage does not fit the base.
+    """
+    import torch
+
+    asked = [way for name, way in _METHODS.items() if name in processes.flags]
+    if asked:
+        return asked[0]
+    if not torch.cuda.is_available():
+        return REPLICATED  # accelerate has FSDP2 on accelerators only
+    from qat.quant.state import QuantState
+    from qat.train.before import fits_whole
+
+    quantized = list(QuantState.load(paths[_QUANT_STATE]).modules) if stage == "distill" else []
+    here = range(processes.gpus // processes.machines)
+    free = float(min(torch.cuda.mem_get_info(number)[0] for number in here))
+    return REPLICATED if fits_whole(recipe, paths[0], stage, quantized, processes.gpus, free) else SHARDED
 
 
 def _free_device() -> None:
@@ -198,17 +235,28 @@ def _free_device() -> None:
         torch.cuda.empty_cache()
 
 
-def _supervise(command: Sequence[str], log: Path) -> int:
+def supervise(command: Sequence[str], log: Path, seconds: float | None = None) -> int:
     """Run the launcher to its end; it ends with this process, however that ends.
 
     Its own words and those of all processes but the first go to the log, those of the first to standard error.
+
+    Args:
+        command: The launcher.
+        log: File for its words.
+        seconds: When to end it; None for never.
+
+    Returns:
+        Its exit status.
+
+    Raises:
+        subprocess.TimeoutExpired: It was ended.
     """
     with log.open("wb") as file:
         launcher = subprocess.Popen(
-            command, stdout=sys.__stderr__, stderr=file, start_new_session=True, preexec_fn=_end_with_parent
+            command, stdout=sys.__stderr__, stderr=file, start_new_session=True, preexec_fn=end_with_parent
         )
         try:
-            return launcher.wait()
+            return launcher.wait(seconds)
         except BaseException:
             launcher.terminate()
             try:
@@ -219,7 +267,7 @@ def _supervise(command: Sequence[str], log: Path) -> int:
             raise
 
 
-def _end_with_parent(number: int = signal.SIGTERM) -> None:
+def end_with_parent(number: int = signal.SIGTERM) -> None:
     """Have Linux send this process a signal when its parent is gone, even by SIGKILL."""
     if sys.platform == "linux":
         set_parent_death_signal = 1
@@ -235,7 +283,7 @@ def main(job: Path) -> int:
     Returns:
         Exit status.
     """
-    _end_with_parent(signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     first = os.environ["RANK"] == "0"
     # The launcher's standard output is the command's standard error.
     os.dup2(1, 2) if first else os.dup2(2, 1)

@@ -20,7 +20,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -42,7 +42,7 @@ from qat.train import checkpoint, parallel
 from qat.train.arguments import training_arguments
 from qat.train.batches import Sample, collate
 from qat.train.checkpoint import Checkpoint
-from qat.train.diverged import HISTORY, divergence, exploded, first_fault, largest_gradient
+from qat.train.diverged import HISTORY, divergence, exploded, first_fault, first_output, largest_gradient
 from qat.train.objective import causal_lm
 from qat.train.plan import LoopResult, Plan
 
@@ -174,11 +174,8 @@ class Loop(Trainer):
 
     def training_step(self, model: PeftModel, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """A forward and backward; the first ones under the guard, so that every factor and quantizer takes part."""
-        due = [
-            step
-            for step in WATCHED_STEPS
-            if self.state.global_step - self._first_step == step and step not in self._watched
-        ]
+        done = self.state.global_step - self._first_step
+        due = [step for step in WATCHED_STEPS if step == done and step not in self._watched]
         # FSDP2 hands gradients over with the last of the accumulated batches.
         if not due or not self.accelerator.sync_gradients:
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
@@ -211,8 +208,12 @@ class Loop(Trainer):
         else:
             return
         rows = [self.samples[row].id for batch in self._batches for row in batch["rows"]]
-        kept = f"step {self.state.best_global_step} is the best so far and is kept in {self.root}"
-        raise divergence(f"{self.plan.label} diverged at step {self.state.global_step + 1}", how, place, rows, kept)
+        raise self._diverged(self.state.global_step + 1, how, place, rows)
+
+    def _diverged(self, step: int, how: str, place: str, rows: Sequence[str] = ()) -> UserError:
+        best = f"step {self.state.best_global_step} is the best so far and is kept in {self.root}"
+        kept = None if self.state.best_metric is None else best
+        return divergence(f"{self.plan.label} diverged at step {step}", how, place, rows, kept)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Validate, remember the best, stop when patience runs out."""
@@ -220,6 +221,9 @@ class Loop(Trainer):
         with torch.no_grad():
             # Last digits may differ between GPUs, and all must decide alike.
             metrics = parallel.agreed(self.inside(self.validate))
+        if not all(map(math.isfinite, metrics.values())):
+            place = first_output(self.model, lambda: self.inside(self.validate))
+            raise self._diverged(self.state.global_step, f"validation gave {json.dumps(metrics)}", place)
         self.log(dict(metrics))
         value = metrics[self.plan.metric]
         if self.state.best_metric is None or value < self.state.best_metric:
@@ -234,13 +238,8 @@ class Loop(Trainer):
         """Append one row to the state and to `log.jsonl`."""
         if "train_runtime" in logs:
             return
-        if not all(math.isfinite(value) for value in logs.values()):
-            raise UserError(
-                f"{self.plan.label} diverged at step {self.state.global_step}.",
-                where=str(self.out),
-                value=json.dumps(logs),
-                remedy="lower the learning rate",
-            )
+        if not all(map(math.isfinite, logs.values())):
+            raise self._diverged(self.state.global_step, json.dumps(logs), "the loss, though the gradient is finite")
         names = {"learning_rate": "lr"}
         row = {"step": self.state.global_step, **{names.get(key, key): value for key, value in logs.items()}}
         row["seconds"] = round(self.seconds, 2)
@@ -348,6 +347,7 @@ class Loop(Trainer):
             peak_rss_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6, 1),
             guard=self._guard,
             processes=self.ranks,
+            sharded=parallel.is_sharded(self.model),
         )
 
     def _take_up(self, folder: Path | None) -> int | None:

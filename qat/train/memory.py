@@ -1,28 +1,31 @@
 """How much memory a training needs, from `config.json` and the recipe's numbers alone, before anything is loaded.
 
-Bytes, summed over what is alive at the peak of a step:
+Bytes, summed over what is alive at the fullest moment of a step:
 
     weights      2 a number in BF16, 0.5 + 1/16 a number where the base is kept in NVFP4
-    trained      factors: 16 a number (float32 master, gradient, two Adam moments)
-                 all weights: 14 more a number (float32 master, two moments, BF16 gradient)
-    saved        what the backward needs of the forward, a token: every layer's tensors, or with gradient checkpointing
-                 only every layer's input
-    layer        the largest layer while its backward runs: its tensors and their gradients
-    effective    W + s B A of adapted weights, its rounded copy and its gradient; of one layer with checkpointing
-    logits       one piece of the vocabulary-sized tensors (`LOGITS_PIECE` numbers)
+    trained      factors: 12 a number (float32 master, two Adam moments)
+                 all weights: the same beside the BF16 ones
+    gradients    factors: 4 a number; all weights: 2. Of the layers that the backward has passed, or of all where an
+                 earlier batch of the same step has left its own
+    saved        what the backward still needs of the forward: tensors of all layers below, or with gradient
+                 checkpointing their inputs and the tensors of the one layer that is computed again
+    made         W + s B A of adapted weights or its rounded copy, factors in BF16; of one layer with checkpointing.
+                 Experts without quantizers keep their product low-rank where that moves fewer bytes
+    working      what that moment itself needs
 
-The per-layer counts follow the modules' own code (`modeling_nemotron_h.py`, `modeling_qwen3_moe.py`); allocator
-fragmentation, CUDA's context and kernels' workspaces are not in them, `RESERVE` stands for those. Nothing here needs
-torch.
+The moments are the loss (pieces of the vocabulary-sized tensors), every layer's backward, and the optimizer's step.
+The per-layer counts are those of `qat.train.shapes`; allocator fragmentation, CUDA's context and kernels' workspaces
+are not in them, `RESERVE` stands for those. A test counts the same bytes in the true shape with autograd itself.
+Layers below the first adapted one keep nothing, which is left out. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qat.errors import UserError
-from qat.train.shapes import Weight, network_layers, network_weights
+from qat.train.shapes import Layer, Weight, low_rank_pays, network_layers, network_weights
 
 GIB = 1 << 30
 LOGITS_PIECE = 1 << 26
@@ -30,13 +33,12 @@ LOGITS_PIECE = 1 << 26
 RESERVE = 0.06
 """Share of a device's memory that estimates leave free."""
 
-_BF16 = 2.0
+_BF16, _FLOAT32 = 2.0, 4.0
 _NVFP4 = 0.5 + 1 / 16
-_FACTOR = 16.0
-_MASTER = 14.0
-# Bytes of a piece's logits alive at once: BF16 and float32 logits, log-probabilities and their gradient; with a teacher
-# its own three and the divergence's elements.
-_CROSS_ENTROPY, _DIVERGENCE = 18.0, 34.0
+_MASTER = 3 * _FLOAT32
+# Bytes of a piece's logits alive at once, counted like the layers: float32 logits, log-probabilities and gradients;
+# with a teacher both networks' and what the divergence is summed from.
+_CROSS_ENTROPY, _DIVERGENCE = 12.0, 28.0
 
 
 class Need(NamedTuple):
@@ -53,6 +55,7 @@ class Need(NamedTuple):
         checkpointing: Layers are computed again in the backward.
         quantized: Checkpoint names of the modules with quantizers; empty in fine-tuning.
         teacher: A divergence from a teacher is in the loss.
+        accumulates: Gradients of earlier batches of the same step stand beside.
     """
 
     memory: str = "bf16"
@@ -65,17 +68,18 @@ class Need(NamedTuple):
     checkpointing: bool = False
     quantized: Collection[str] = ()
     teacher: bool = False
+    accumulates: bool = True
 
 
 class Estimate(NamedTuple):
-    """Bytes at the peak of a step, by what they are; see the module's text."""
+    """Bytes at the fullest moment of a step, by what they are; see the module's text."""
 
     weights: float
     trained: float
+    gradients: float
     saved: float
-    layer: float
-    effective: float
-    logits: float
+    made: float
+    working: float
 
     @property
     def total(self) -> float:
@@ -101,46 +105,111 @@ def estimate(config: Mapping[str, Any], need: Need) -> Estimate:
     Raises:
         UserError: The model type is not known, or a number is missing.
     """
-    weights, layers = network_weights(config), list(network_layers(config))
-    packed, quantized = set(need.packed) if need.memory == "nvfp4" else set(), set(need.quantized)
-    tokens = need.batch_size * need.length
+    weights = network_weights(config)
+    packed = set(need.packed) if need.memory == "nvfp4" else set()
     base = sum(weight.numbers * (_NVFP4 if weight.name in packed else _BF16) for weight in weights)
-    adapted = [weight for weight in weights if need.trains == "adapter" and weight.target in need.targets]
-    trained = (
-        sum(weight.numbers for weight in weights) * _MASTER
-        if need.trains == "all"
-        else sum(weight.factors(need.rank) for weight in adapted) * _FACTOR
-    )
-    largest = max(layer.saved for layer in layers)
-    inputs = len(layers) * int(config["hidden_size"]) * _BF16
-    saved = inputs if need.checkpointing else sum(layer.saved for layer in layers)
-    made = _effective(weights, {weight.name for weight in adapted}, packed, quantized, need.checkpointing)
-    numbers = min(LOGITS_PIECE, tokens * int(config["vocab_size"]))
-    return Estimate(
-        weights=base,
-        trained=trained,
-        saved=saved * tokens,
-        layer=(2 if need.checkpointing else 1) * largest * tokens,
-        effective=made,
-        logits=numbers * (_DIVERGENCE if need.teacher else _CROSS_ENTROPY),
-    )
+    trained = _MASTER * sum(_trained(weight, need) for weight in weights)
+    return max((moment._replace(weights=base, trained=trained) for moment in _moments(config, need)), key=sum)
 
 
-def _effective(
-    weights: list[Weight], adapted: set[str], packed: set[str], quantized: set[str], checkpointing: bool
-) -> float:
-    """Bytes of weights that a forward makes: W + s B A, Q(W + s B A), unpacked W, and the largest one's gradient."""
-    by_layer: dict[int, float] = {}
-    gradient = 0.0
+class _Kept(NamedTuple):
+    """Of one layer, bytes.
+
+    Attributes:
+        saved: What autograd keeps of the tokens beside the layer's input.
+        made: Weights that the forward makes and the backward needs.
+        working: At the fullest moment of its backward, or of a forward that is made again.
+        gradients: Of what is trained in it.
+    """
+
+    saved: float
+    made: float
+    working: float
+    gradients: float
+
+
+def _moments(config: Mapping[str, Any], need: Need) -> Iterator[Estimate]:
+    """What stands beside weights and optimizer at the loss, in each layer's backward, and in the optimizer's step."""
+    weights, layers = network_weights(config), list(network_layers(config))
+    tokens, row = need.batch_size * need.length, _BF16 * int(config["hidden_size"])
+    slots = int(config.get("num_experts_per_tok") or 1)
+    kept = [
+        _kept(layer, [weight for weight in weights if weight.layer == number], need, tokens, slots)
+        for number, layer in enumerate(layers)
+    ]
+    every = _gradient(need) * sum(_trained(weight, need) for weight in weights)
+    behind = every if need.accumulates else 0.0
+    saved, made = row * tokens * len(layers), 0.0
+    if not need.checkpointing:
+        saved = sum(one.saved + layer.entry * tokens for one, layer in zip(kept, layers, strict=True))
+        made = sum(one.made for one in kept)
+    yield Estimate(0.0, 0.0, behind, saved, made, _loss(config, need, tokens))
+    transient = _unpacked(weights, need)
+    for number in reversed(range(len(layers))):
+        own = kept[number]
+        behind = every if need.accumulates else behind + own.gradients
+        if need.checkpointing:
+            saved, made = row * (number + 1) * tokens + own.saved, own.made
+        yield Estimate(0.0, 0.0, behind, saved, made + transient, own.working)
+        saved -= own.saved + layers[number].entry * tokens
+        made -= own.made
+    yield Estimate(0.0, 0.0, every, 0.0, 0.0, _stepping(weights, need))
+
+
+def _kept(layer: Layer, weights: list[Weight], need: Need, tokens: int, slots: int) -> _Kept:
+    """Count a layer: its own tensors, what its trained weights are multiplied with, and what is made of them."""
+    saved = (layer.saved + (layer.trained if need.trains == "all" else 0.0)) * tokens
+    made, working, read = 0.0, layer.working * tokens, {"kept"}
     for weight in weights:
-        copies = (weight.name in adapted) + (weight.name in quantized)
-        if not copies and weight.name in packed:
-            copies = 1
-        by_layer[weight.layer] = by_layer.get(weight.layer, 0.0) + copies * weight.numbers * _BF16
-        if weight.name in adapted:
-            gradient = max(gradient, weight.numbers * _BF16)
-    made = max(by_layer.values()) if checkpointing else sum(by_layer.values())
-    return made + gradient
+        rows = tokens * (slots if weight.matrices > 1 else 1)
+        adapted, quantized = need.trains == "adapter" and weight.target in need.targets, weight.name in need.quantized
+        apart = adapted and not quantized and low_rank_pays(rows, weight)
+        if _trained(weight, need):
+            # A quantizer gives every module a copy of its own.
+            tensor = weight.name if quantized or weight.reads == "own" else weight.reads
+            saved += 0.0 if tensor in read else _BF16 * weight.in_features * rows
+            read.add(tensor)
+        if apart:
+            saved += _BF16 * need.rank * rows
+            working = max(working, 2 * _BF16 * weight.out_features * rows)  # both products, before they are added
+        made += _BF16 * weight.factors(need.rank) if adapted else 0.0
+        made += _BF16 * weight.numbers if quantized or (adapted and not apart) else 0.0
+    return _Kept(saved, made, working, _gradient(need) * sum(_trained(weight, need) for weight in weights))
+
+
+def _trained(weight: Weight, need: Need) -> int:
+    """Trained numbers: of its factors, or its own but for the router."""
+    if need.trains == "all":
+        return 0 if weight.name.endswith(".gate") else weight.numbers
+    return weight.factors(need.rank) if weight.target in need.targets else 0
+
+
+def _gradient(need: Need) -> float:
+    """Bytes of a trained number's gradient."""
+    return _FLOAT32 if need.trains == "adapter" else _BF16
+
+
+def _unpacked(weights: list[Weight], need: Need) -> float:
+    """The largest packed weight, which stands unpacked for the moment of its product and is not kept."""
+    if need.memory != "nvfp4":
+        return 0.0
+    packed = set(need.packed)
+    return max((_BF16 * weight.numbers for weight in weights if weight.name in packed), default=0.0)
+
+
+def _loss(config: Mapping[str, Any], need: Need, tokens: int) -> float:
+    """The last norm's input, the rows that are predicted from, their gradient and the teacher's; a piece of logits."""
+    hidden, vocabulary = int(config["hidden_size"]), int(config["vocab_size"])
+    rows = _BF16 * hidden * tokens * (4 if need.teacher else 3)
+    pieces = min(LOGITS_PIECE, tokens * vocabulary) * (_DIVERGENCE if need.teacher else _CROSS_ENTROPY)
+    return rows + pieces + (_FLOAT32 * hidden * vocabulary if need.trains == "all" else 0.0)
+
+
+def _stepping(weights: list[Weight], need: Need) -> float:
+    """AdamW's root of the second moments, of all factors at once; of whole weights three copies of the largest."""
+    if need.trains == "all":
+        return 3 * _FLOAT32 * max(weight.numbers for weight in weights)
+    return _FLOAT32 * sum(_trained(weight, need) for weight in weights)
 
 
 def what_fits(config: Mapping[str, Any], need: Need, available: float, packable: Collection[str]) -> list[str]:

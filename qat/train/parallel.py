@@ -1,13 +1,15 @@
 """Several processes on one training: who takes which rows, what they agree on, and what has to be gathered.
 
-accelerate's launcher starts one process for each GPU (`qat.train.launch`) and FSDP2 keeps a part of every decoder
-layer in each: a layer's weights are whole only while it runs. Embeddings, last norm and output layer stay whole
-everywhere, as the losses take the output layer's weight outside of any module's forward. In a process of its own
-everything here is the identity, so that the loop has one code for both.
+accelerate's launcher starts one process for each GPU (`qat.train.launch`). Where the base fits each of them it stays
+whole, and DDP averages what is trained: the factors' gradients. Where it does not, FSDP2 keeps a part of every decoder
+layer in each process, and a layer's weights are whole only while it runs. Embeddings, last norm and output layer stay
+whole everywhere, as the losses take the output layer's weight outside of any module's forward. In a process of its own
+everything here is the identity, so that the loop has one code for all.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +68,11 @@ def rank() -> int:
 def ranks() -> int:
     """How many processes there are."""
     return _place[1]
+
+
+def sharding() -> bool:
+    """Whether accelerate's launcher told this process to cut the decoder layers; the model need not be cut yet."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _join() -> None:

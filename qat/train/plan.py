@@ -48,6 +48,7 @@ class LoopResult(NamedTuple):
         peak_rss_mb: Peak resident memory of this process, MB.
         guard: Counts of what the last watched step reached; None where this process watched none.
         processes: How many shared the work, in the last process that worked on it.
+        sharded: Whether each of those held a part of every layer, and not the whole base.
     """
 
     steps: int
@@ -61,6 +62,7 @@ class LoopResult(NamedTuple):
     peak_rss_mb: float
     guard: dict[str, Any] | None
     processes: int = 1
+    sharded: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The fields, jsonable."""

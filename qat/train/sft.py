@@ -184,13 +184,7 @@ def train_sft(recipe: Recipe, base: Path, train_file: Path, validation_file: Pat
     require_trained_share(recipe, count_rows(train), train_file)
     facts = {"base": sha256, "template": tokenizer.chat_template}
     plan = _plan(recipe, train.samples, facts, [train_file, validation_file])
-    model, coverage = make_trainable(recipe, load_weights(base, packed), recipe.train.adapter, ends=True)
-    if isinstance(model, PeftModel) and not recipe.train.adapter.dropout:
-        use_effective_weights_(model)
-    if training_device().type == "cuda":
-        from qat.quant.lora import use_fast_experts_
-
-        use_fast_experts_(model)
+    model, coverage = make_tunable(recipe, load_weights(base, packed))
     result = SftLoop(model, train.samples, held_out.samples, recipe.train.sft, plan, out).run()
     if result.best_step == 0:
         raise UserError(
@@ -231,6 +225,23 @@ def make_trainable(
     if recipe.train.trains == "all":
         return model, train_all_(model, ends=ends)
     return attach_adapter(model, adapter, recipe.base.family, recipe.seed)
+
+
+def make_tunable(recipe: Recipe, model: PreTrainedModel) -> tuple[PeftModel | PreTrainedModel, Coverage]:
+    """Make a base trainable as fine-tuning trains it: with effective weights, and on a GPU with fused experts.
+
+    Args:
+        recipe: Adapter, what is trained, family, seed.
+        model: Frozen, without quantizers.
+    """
+    tuned, coverage = make_trainable(recipe, model, recipe.train.adapter, ends=True)
+    if isinstance(tuned, PeftModel) and not recipe.train.adapter.dropout:
+        use_effective_weights_(tuned)
+    if training_device().type == "cuda":
+        from qat.quant.lora import use_fast_experts_
+
+        use_fast_experts_(tuned)
+    return tuned, coverage
 
 
 def _plan(recipe: Recipe, samples: list[Sample], facts: dict[str, Any], files: list[Path]) -> Plan:

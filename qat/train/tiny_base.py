@@ -1,4 +1,6 @@
-"""Pretraining of the embedded tiny base model: a Nemotron-H MoE of 4.4 M parameters, from scratch, on generated text.
+"""Pretraining of small Nemotron-H MoE bases from scratch, on generated text and on texts of one's own.
+
+`tiny` is the embedded base of 4.4 M parameters, `small` one of 51 M for experiments that need a second size.
 
 BF16 weights with FP32 master copies (what is trained is what is saved), AdamW, cosine schedule, and routing kept even
 by the auxiliary-loss-free rule (Wang et al. 2024, arXiv:2408.15664): after each step the expert bias moves by a fixed
@@ -12,12 +14,13 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import Pool
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,13 +29,15 @@ from torch import Tensor
 from qat.data.generate.corpus import documents
 from qat.data.generate.tokenizer import VOCAB_SIZE, train_tokenizer
 from qat.errors import UserError
+from qat.patches.registry import ensure
+from qat.train.base import PATCHES
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """Hyperparameters; batch and length in sequences and tokens."""
+    """Hyperparameters: batch in sequences, length in tokens, a key of `SHAPES`, how often own texts are repeated."""
 
     documents: int = 1_600_000
     corpus_seed: int = 1
@@ -46,20 +51,39 @@ class Pretraining:
     balance_step: float = 1e-3
     seed: int = 0
     tokenizer_documents: int = 40_000
+    shape: Literal["tiny", "small"] = "tiny"
+    texts_copies: int = 1
 
 
-def tiny_config() -> Any:
+def tiny_config(vocabulary: int = VOCAB_SIZE) -> Any:
     """4 Mamba-2, 4 MoE (8 routed non-gated relu² experts, 2 active, and a shared one) and 2 attention layers."""
     from transformers import NemotronHConfig
 
     return NemotronHConfig(
-        hybrid_override_pattern="MEM*EMEM*E", vocab_size=VOCAB_SIZE, hidden_size=192, num_attention_heads=6,
+        hybrid_override_pattern="MEM*EMEM*E", vocab_size=vocabulary, hidden_size=192, num_attention_heads=6,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=2048, ssm_state_size=32, mamba_num_heads=12,
         mamba_head_dim=32, n_groups=2, conv_kernel=4, chunk_size=32, n_routed_experts=8, num_experts_per_tok=2,
         moe_intermediate_size=128, moe_shared_expert_intermediate_size=256, intermediate_size=128, n_shared_experts=1,
         routed_scaling_factor=2.5, norm_topk_prob=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         dtype="bfloat16", initializer_range=0.02,
     )  # fmt: skip
+
+
+def small_config(vocabulary: int = VOCAB_SIZE) -> Any:
+    """6 Mamba-2, 5 MoE (16 routed experts, 2 active, and a shared one) and 2 attention layers; 51 M at 8,192 pieces."""
+    from transformers import NemotronHConfig
+
+    return NemotronHConfig(
+        hybrid_override_pattern="MEM*EMEMEM*EM", vocab_size=vocabulary, hidden_size=512, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, ssm_state_size=64, mamba_num_heads=16,
+        mamba_head_dim=64, n_groups=2, conv_kernel=4, chunk_size=64, n_routed_experts=16, num_experts_per_tok=2,
+        moe_intermediate_size=320, moe_shared_expert_intermediate_size=512, intermediate_size=320, n_shared_experts=1,
+        routed_scaling_factor=2.5, norm_topk_prob=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        dtype="bfloat16", initializer_range=0.02,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[int], Any]] = {"tiny": tiny_config, "small": small_config}
 
 
 def _tokenize(job: tuple[str, int, int, int]) -> tuple[bytes, str]:
@@ -98,11 +122,11 @@ def build_corpus(settings: Pretraining, tokenizer_folder: Path, workers: int) ->
             table = np.frombuffer(blob, dtype=np.uint32)
             count = int(table[0])
             ends, ids = table[1 : 1 + count], table[1 + count :].astype(np.uint16)
-            rows.append(_pack(ids, ends, settings.length))
+            rows.append(pack(ids, ends, settings.length))
     return np.concatenate(rows), digest.hexdigest()
 
 
-def _pack(ids: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
+def pack(ids: np.ndarray, ends: np.ndarray, length: int) -> np.ndarray:
     """Rows that start with a whole document; a document that does not fit is cut at the row's end."""
     rows: list[np.ndarray] = []
     row, filled, start = np.zeros(length, np.uint16), 0, 0
@@ -167,67 +191,134 @@ def pretrain(
     device: str,
     workers: int,
     seconds: float,
+    texts: Path | None = None,
+    fit_seconds: float | None = None,
     say: Callable[[str], None] = print,
 ) -> bool:
     """Pretrain for at most `seconds`; returns whether the model is finished (then it lies in `out`).
 
     Call again with the same `work` to go on.
+
+    Args:
+        settings: Hyperparameters.
+        work: Corpus and checkpoint.
+        out: The finished model.
+        device: Torch's name of it.
+        workers: Processes that generate text.
+        seconds: Of this call.
+        texts: Folder of `qat.matrix.texts`: a tokenizer and rows of texts of one's own to read besides.
+        fit_seconds: Instead of `settings.steps`: as many steps as this device does in so many seconds. The rate is
+            measured first, so that the learning rate comes down in time whatever the device.
+        say: Where to report.
     """
     if not device.startswith("cuda") and settings.steps > 50:
         raise UserError(
-            "the tiny base is pretrained on a GPU",
+            "a base is pretrained on a GPU",
             where="--device",
             value=device,
             remedy="use cuda; on two cores it would take a day",
         )
     begun = time.monotonic()
-    work.mkdir(parents=True, exist_ok=True)
-    tokenizer_folder = work / "tokenizer"
-    if not (tokenizer_folder / "tokenizer.json").exists():
-        train_tokenizer(documents(settings.corpus_seed + 1, 0, settings.tokenizer_documents)).save_pretrained(
-            tokenizer_folder
-        )
-    rows_file, hash_file = work / "rows.npy", work / "corpus.json"
-    if not hash_file.exists():
-        rows, text_hash = build_corpus(settings, tokenizer_folder, workers)
-        np.save(rows_file, rows)
-        tokens = int((rows != 0).sum())
-        hash_file.write_text(
-            json.dumps({"documents": settings.documents, "rows": len(rows), "tokens": tokens, "sha256": text_hash})
-        )
-        say(f"corpus: {len(rows)} rows, {tokens / 1e6:.0f} M tokens, {time.monotonic() - begun:.0f} s")
-    rows = np.load(rows_file, mmap_mode="r")
-    trainer = _Trainer(settings, device, work / "state.safetensors")
+    rows, corpus, tokenizer_folder = _corpus(settings, work, workers, texts, say)
+    if fit_seconds is not None:
+        settings = _fitted(settings, device, rows, corpus["vocabulary"], work / "steps.json", fit_seconds, say)
+    trainer = _Trainer(settings, device, work / "state.safetensors", corpus["vocabulary"])
     batches = _order(len(rows), settings)
     for _ in range(trainer.step):
         next(batches)
+    started, before = time.monotonic(), trainer.step
     while trainer.step < settings.steps:
         if time.monotonic() - begun > seconds:
             trainer.save()
             return False
-        batch = torch.from_numpy(rows[np.sort(next(batches))].astype(np.int64))
-        loss = trainer.train_step(batch.to(device))
+        loss = trainer.train_step(_batch(rows, next(batches), device))
         if trainer.step % 200 == 0:
-            spent = time.monotonic() - begun
+            spent = time.monotonic() - started
+            rate = (trainer.step - before) * settings.batch * settings.length / spent
             say(
                 f"step {trainer.step} loss {float(loss):.4f} lr {learning_rate(trainer.step, settings):.2e} "
-                f"balance {trainer.balance.worst():.2f} {spent:.0f} s"
+                f"balance {trainer.balance.worst():.2f} {spent:.0f} s {rate:.0f} tokens/s"
             )
     trainer.save()
-    _finish(trainer.model, tokenizer_folder, out, settings, json.loads(hash_file.read_text()), float(loss))
+    _finish(trainer.model, tokenizer_folder, out, settings, corpus, float(loss))
     return True
+
+
+def _fitted(
+    settings: Pretraining,
+    device: str,
+    rows: np.ndarray,
+    vocabulary: int,
+    file: Path,
+    seconds: float,
+    say: Callable[[str], None],
+) -> Pretraining:
+    """The settings with as many steps as fit into the time, by a trial of 25 steps; measured once, kept in `file`."""
+    if not file.exists():
+        trainer = _Trainer(settings, device, file.with_suffix(".none"), vocabulary)
+        batches = _order(len(rows), settings)
+
+        def run(count: int) -> float:
+            for _ in range(count):
+                loss = trainer.train_step(_batch(rows, next(batches), device))
+            return float(loss) * 0 + time.monotonic()  # reading the loss waits for the device
+
+        started = run(5)  # kernels are compiled and chosen in these
+        each = (run(20) - started) / 20
+        file.write_text(json.dumps({"steps": max(1, int(seconds / each)), "seconds_a_step": round(each, 4)}))
+        say(f"{each:.4f} s a step, {settings.batch * settings.length / each:.0f} tokens/s")
+    return replace(settings, steps=int(json.loads(file.read_text())["steps"]))
+
+
+def _corpus(
+    settings: Pretraining, work: Path, workers: int, texts: Path | None, say: Callable[[str], None]
+) -> tuple[np.ndarray, dict[str, Any], Path]:
+    """Rows to read, what they are, and the tokenizer's folder; made once, kept in `work`."""
+    from transformers import PreTrainedTokenizerFast
+
+    begun = time.monotonic()
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer_folder = work / "tokenizer"
+    if texts is not None:
+        shutil.copytree(texts / "tokenizer", tokenizer_folder, dirs_exist_ok=True)
+    elif not (tokenizer_folder / "tokenizer.json").exists():
+        unread = documents(settings.corpus_seed + 1, 0, settings.tokenizer_documents)
+        train_tokenizer(unread).save_pretrained(tokenizer_folder)
+    rows_file, hash_file = work / "rows.npy", work / "corpus.json"
+    if not hash_file.exists():
+        rows, text_hash = build_corpus(settings, tokenizer_folder, workers)
+        tokens = int((rows != 0).sum())
+        made = {"documents": settings.documents, "rows": len(rows), "tokens": tokens, "sha256": text_hash}
+        pieces = len(PreTrainedTokenizerFast.from_pretrained(tokenizer_folder))
+        made["vocabulary"] = -(-pieces // 64) * 64  # rows of the embedding
+        if texts is not None:
+            own = np.load(texts / "train.npy")
+            made["texts"] = {"rows": len(own), "tokens": int((own != 0).sum()), "copies": settings.texts_copies}
+            rows = np.concatenate([rows, *[own] * settings.texts_copies])
+        np.save(rows_file, rows)
+        hash_file.write_text(json.dumps(made))
+        say(f"corpus: {len(rows)} rows, {tokens / 1e6:.0f} M tokens, {time.monotonic() - begun:.0f} s")
+    rows = np.load(rows_file, mmap_mode="r")
+    return rows, json.loads(hash_file.read_text()), tokenizer_folder
+
+
+def _batch(rows: np.ndarray, chosen: np.ndarray, device: str) -> Tensor:
+    return torch.from_numpy(rows[np.sort(chosen)].astype(np.int64)).to(device)
 
 
 class _Trainer:
     """Model, masters, optimizer; one step at a time."""
 
-    def __init__(self, settings: Pretraining, device: str, state: Path) -> None:
+    def __init__(self, settings: Pretraining, device: str, state: Path, vocabulary: int = VOCAB_SIZE) -> None:
         from safetensors.torch import load_file
         from transformers import AutoModelForCausalLM
 
+        if device.startswith("cuda"):
+            ensure(*PATCHES["nemotron_h"])
         self.settings, self.state, self.step = settings, state, 0
         torch.manual_seed(settings.seed)
-        self.model = AutoModelForCausalLM.from_config(tiny_config(), dtype=torch.bfloat16).to(device)
+        config = SHAPES[settings.shape](vocabulary)
+        self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to(device)
         self.model.config.use_cache = False
         for module in self.model.modules():
             if type(module).__name__ == "NemotronHTopkRouter":

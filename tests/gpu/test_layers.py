@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -67,12 +66,8 @@ def test_routing(cuda: torch.device) -> None:
     same(routing.combine(rows, route.place, weights), expected, [rows, weights])
 
 
+@pytest.mark.usefixtures("scan")
 def test_replaced_layers_compute_the_same_network(cuda: torch.device) -> None:
-    if find_spec("mamba_ssm") is None:
-        pytest.skip("mamba-ssm is not installed")
-    from qat.patches.registry import ensure
-
-    ensure("mamba_ssm_kernels_without_build", "nemotron_h_fused_mamba")
     from qat.quant.kernels.nemotron_h import use_fast_layers_
 
     ids = token_ids(2, 64).to(cuda)

@@ -63,8 +63,7 @@ def test_ties_go_to_even_and_nan_stays(cuda: torch.device) -> None:
         assert result[1, :16].all() and not result[0].any() and not result[1, 16:].any()
 
 
-@pytest.mark.parametrize("rank", [4, 16, 32])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "rank"), [((48, 80), 4), ((3, 32, 48), 32), *((shape, 16) for shape in SHAPES)])
 def test_the_fused_kernel_is_effective_weight_then_quantization(
     shape: tuple[int, ...], rank: int, cuda: torch.device
 ) -> None:

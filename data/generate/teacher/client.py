@@ -11,6 +11,8 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Self
 
@@ -232,11 +234,15 @@ class _Busy(Exception):
 
 
 def _seconds(retry_after: str | None) -> float | None:
-    """`Retry-After` in seconds, at most two minutes; None where it is absent or a date."""
+    """`Retry-After` (seconds, or an HTTP date) in seconds, at most two minutes; None where it is absent or neither."""
     try:
-        return min(LONGEST_PAUSE_S, max(0.0, float(retry_after or "")))
+        seconds = float(retry_after or "")
     except ValueError:
-        return None
+        try:
+            seconds = (parsedate_to_datetime(retry_after or "") - datetime.now(UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return min(LONGEST_PAUSE_S, max(0.0, seconds))
 
 
 def _said(error: Exception) -> str:

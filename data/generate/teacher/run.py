@@ -13,16 +13,16 @@ from random import Random
 from typing import Any
 
 from qat.behavior.answers import BadAnswer
-from qat.behavior.checks import BoundCheck, bind
+from qat.behavior.checks import BoundCheck, Reply, bind
 from qat.behavior.conversation import Script
 from qat.behavior.demands import demands_of
 from qat.behavior.suite import Suite
 from qat.data.duplicates import user_turns
-from qat.data.generate.novelty import Novelty, words_of
+from qat.data.generate.novelty import Novelty, Phrases, words_of
 from qat.data.generate.teacher.client import LimitReached, Spent, TeacherClient
 from qat.data.generate.teacher.journal import Attempt, Journal, identity
 from qat.data.generate.teacher.settings import Teacher
-from qat.data.generate.teacher.talk import Message, Rejected, invent, play, record
+from qat.data.generate.teacher.talk import Message, Rejected, invent, play, record, spoken
 from qat.data.schema import Conversation, Persona, Tool
 from qat.errors import UserError
 from qat.progress import Progress
@@ -147,10 +147,31 @@ class _Work:
     persona: Persona
     checks: dict[str, tuple[BoundCheck, ...]]
     novelty: Novelty
+    phrases: Phrases
     journal: Journal
     progress: Progress | None = None
     running: Counter[str] = field(default_factory=Counter)
     failures: int = 0
+
+    def __post_init__(self) -> None:
+        self._languages = [bind("language", {"expected": code}) for code in self.teacher.languages]
+
+    def take(self, conversation: Conversation) -> None:
+        """Enter an accepted conversation's turns and replies."""
+        self.novelty.take(conversation["id"], user_turns(conversation))
+        self.phrases.take(m["content"] for m in conversation["messages"] if m["role"] == "assistant")
+
+    def faults_of_text(self, text: str) -> list[tuple[str, str]]:
+        """What is wrong with a spoken text beyond the checks, as (name, detail)."""
+        found = [("language", detail)] if (detail := self.other_language(text)) else []
+        if (times := self.phrases.alike(text)) >= self.teacher.alike:
+            found.append(("one phrase", f"{times} earlier replies say nearly this; say it in other words"))
+        return found
+
+    def other_language(self, text: str) -> str:
+        """That a text is in none of the languages asked for; empty where it is, or none was asked for."""
+        results = [check(Reply([{"role": "assistant", "content": text}])) for check in self._languages]
+        return "" if not results or any(result.passed for result in results) else results[0].detail
 
     def next_brief(self, briefs: Sequence[Brief]) -> Brief | None:
         """The brief that is furthest behind its count and may still be tried."""
@@ -200,10 +221,10 @@ def generate_with_teacher(
         "briefs": {brief.name: _digest(brief.category, brief.about, brief.lesson) for brief in briefs},
     }
     with Journal(out, asked) as journal:
-        work = _Work(teacher, persona, checks_of(suite), Novelty(), journal, progress)
+        work = _Work(teacher, persona, checks_of(suite), Novelty(), Phrases(), journal, progress)
         work.novelty.take_cases(case.model_dump() for case in suite.cases)
         for made in journal.conversations:
-            work.novelty.take(made["id"], user_turns(made))
+            work.take(made)
         stopped = asyncio.run(_fill(work, briefs))
         return TeacherReport(
             wanted={brief.name: brief.count for brief in briefs},
@@ -257,7 +278,7 @@ async def _attempt(work: _Work, client: TeacherClient, brief: Brief, number: int
     try:
         conversation = await _conversation(work, client, brief, attempt)
         _require_new(work, brief, user_turns(conversation))
-        work.novelty.take(conversation["id"], user_turns(conversation))
+        work.take(conversation)
         work.failures = 0
         work.journal.accept(attempt, conversation)
         if work.progress is not None:
@@ -293,7 +314,8 @@ async def _conversation(work: _Work, client: TeacherClient, brief: Brief, attemp
         nonlocal asked
         asked += 1
         seed = _seed(work.teacher.seed, brief.name, attempt.number, asked)
-        return await client.ask(messages, tools, seed, attempt.spent)
+        message = await client.ask(messages, tools, seed, attempt.spent)
+        return {**message, "content": spoken(message["content"])} if message["content"] else message
 
     made = [each for each in work.journal.conversations if each["category"] == brief.category]
     avoid = [turn for each in made[-_SHOWN_TURNS:] for turn in user_turns(each)[:1]]
@@ -309,11 +331,13 @@ async def _conversation(work: _Work, client: TeacherClient, brief: Brief, attemp
     # Before anything is spent on replies; once more afterwards, as others were accepted meanwhile.
     _require_new(work, brief, scenario.turns)
     checks = work.checks.get(brief.category, work.checks[""])
-    messages = await play(ask, work.persona, scenario, checks, work.teacher.revisions)
+    messages = await play(ask, work.persona, scenario, checks, work.teacher.revisions, work.faults_of_text)
     return record(identity(brief.name, attempt.number), brief.category, work.persona, messages)
 
 
 def _require_new(work: _Work, brief: Brief, turns: Sequence[str]) -> None:
+    if foreign := [found for turn in turns if (found := work.other_language(turn))]:
+        raise Rejected("language", f"the user: {foreign[0]}")
     known = work.novelty.nearest(turns)
     if known is not None:
         reason = "leak" if known.source.startswith("case ") else "repeats"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from qat.behavior.checks.language import LANGUAGES
 from qat.errors import UserError
 
 ABOUT: dict[str, str] = {
@@ -86,6 +87,8 @@ class Teacher(_Block):
         requests_per_minute: Most requests begun in a minute, evenly spaced; None: as fast as they are answered.
         revisions: How often a reply that fails a check is handed back with what failed.
         attempts: Most tries for each wanted conversation.
+        languages: What user and assistant may speak (ISO 639-1); empty: anything.
+        alike: Most accepted replies that may say nearly the same; what comes after must be said in other words.
         price: For the cost in the report and `limits.cost`.
         limits: Where to stop.
     """
@@ -105,6 +108,8 @@ class Teacher(_Block):
     requests_per_minute: Annotated[float, Field(gt=0)] | None = None
     revisions: Annotated[int, Field(ge=0)] = 2
     attempts: Annotated[int, Field(gt=0)] = 4
+    languages: tuple[str, ...] = ()
+    alike: Annotated[int, Field(gt=0)] = 10
     price: Price | None = None
     limits: Limits = Limits()
 
@@ -117,6 +122,13 @@ class Teacher(_Block):
         if "@" in rest.partition("/")[0]:
             raise ValueError("no name or password in the address: key_env names the variable that holds the key")
         return url.rstrip("/").removesuffix("/v1")
+
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, languages: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [code for code in languages if code not in LANGUAGES]:
+            raise ValueError(f"{', '.join(unknown)} is not known; known: {', '.join(LANGUAGES)}")
+        return languages
 
     @field_validator("extra")
     @classmethod

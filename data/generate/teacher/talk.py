@@ -25,6 +25,8 @@ from qat.data.schema import Conversation, Persona, Tool, argument_faults
 Message = dict[str, Any]
 Ask = Callable[[Sequence[Message], Sequence[Tool]], Awaitable[Message]]
 """Sends messages and the tools offered; gives the assistant message."""
+Further = Callable[[str], list[tuple[str, str]]]
+"""What is wrong with a spoken text beyond the checks, as (name, detail)."""
 
 MOST_TURNS = 4
 """User turns of a conversation."""
@@ -141,7 +143,7 @@ def _json_object(text: str) -> dict[str, Any] | None:
 
 
 async def play(
-    ask: Ask, persona: Persona, scenario: Scenario, checks: Sequence[BoundCheck], revisions: int
+    ask: Ask, persona: Persona, scenario: Scenario, checks: Sequence[BoundCheck], revisions: int, further: Further
 ) -> list[Message]:
     """Play a scenario.
 
@@ -151,6 +153,7 @@ async def play(
         scenario: The user's side.
         checks: On what the persona writes in each turn.
         revisions: How often a message that fails is asked for again.
+        further: What else is wrong with a spoken text, as (name, detail).
 
     Returns:
         The messages of the conversation, system prompt first, arguments as mappings.
@@ -158,7 +161,7 @@ async def play(
     Raises:
         Rejected: A message still fails after all revisions, or the tools are called without end.
     """
-    talk = _Talk(ask, persona, scenario.world, checks, revisions)
+    talk = _Talk(ask, persona, scenario.world, checks, revisions, further)
     for turn in scenario.turns:
         await talk.turn(turn)
     return talk.messages
@@ -167,13 +170,16 @@ async def play(
 class _Talk:
     """The conversation under way."""
 
-    def __init__(self, ask: Ask, persona: Persona, world: str, checks: Sequence[BoundCheck], revisions: int) -> None:
+    def __init__(
+        self, ask: Ask, persona: Persona, world: str, checks: Sequence[BoundCheck], revisions: int, further: Further
+    ) -> None:
         self.messages: list[Message] = [{"role": "system", "content": persona.system_prompt}]
         self._ask = ask
         self._persona = persona
         self._world = world
         self._checks = checks
         self._revisions = revisions
+        self._further = further
         self._earlier: list[dict[str, Any]] = []
 
     async def turn(self, user: str) -> None:
@@ -230,7 +236,7 @@ class _Talk:
             if problems := argument_faults(call.name, call.arguments, self._persona.tools):
                 return [("call", "; ".join(problems))]
         if not calls:
-            return self._judged(self._checks, [*produced, message], context, fed)
+            return self._judged(self._checks, [*produced, message], context, fed) + self._further(text)
         # A call is judged at once by what forbids it, and the text beside it by the manners; what wants a call waits
         # for the reply as a whole.
         found = self._judged([check for check in self._checks if check.name == "no_call"], [message], context, fed)
@@ -295,6 +301,24 @@ def _on_the_wire(message: Message) -> Message:
         for call in message["tool_calls"]
     ]
     return {**message, "tool_calls": calls}
+
+
+_THOUGHT = re.compile(r"\A\s*(?:<think>)?(?:(?!</?think>).)*</think>\s*", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"</?think>", re.IGNORECASE)
+
+
+def spoken(text: str) -> str:
+    """A text without the thinking before it, which a server without a reasoning parser leaves there.
+
+    Many templates write `<think>` themselves, so the tag that opens may be missing.
+
+    Raises:
+        Rejected: Thinking without end, or in the middle.
+    """
+    rest = _THOUGHT.sub("", text, count=1)
+    if _TAG.search(rest):
+        raise Rejected("thinking", f"it cannot be told where it ends: {rest[:200]!r}")
+    return rest
 
 
 _FENCE = re.compile(r"\A```[^\n`]*\n(.*?)\n?```\Z", re.DOTALL)

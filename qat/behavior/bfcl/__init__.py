@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from qat.behavior.bfcl.matching import Function, Kind, bfcl, match
-from qat.behavior.bfcl.splits import SPLITS, load_bfcl
+from qat.behavior.bfcl.splits import GROUPS, SPLITS, load_bfcl
 
-__all__ = ["SPLITS", "Function", "Kind", "bfcl", "load_bfcl", "match"]
+__all__ = ["GROUPS", "SPLITS", "Function", "Kind", "bfcl", "load_bfcl", "match"]

@@ -1,4 +1,4 @@
-"""Whether tool calls are those that a BFCL case wants, by the rules of BFCL's own `ast_checker` (Python splits).
+"""Whether tool calls are those that a BFCL case wants, by the rules of BFCL's own `ast_checker`.
 
 The package `bfcl_eval` cannot be depended on: importing its checker imports the clients of some twenty vendors, and it
 pins NumPy. So the rules stand here again, oddities included, because a number is only a BFCL number if it is counted
@@ -7,33 +7,23 @@ alike; `qat.behavior.bfcl.agreement` holds the two against each other.
 The rules: every argument is one of those that the case knows; its type is the declared one (an integer passes for a
 float; a tuple is a list) or that of the answers, which then stand for a variable; texts are compared without case and
 without blanks and the marks `,./-_*^`, on the first level of lists and mappings too; an answer `""` says that the
-argument may be left out. Parallel calls come in any order and are matched greedily.
+argument may be left out. Parallel calls come in any order and are matched greedily. Arguments of the Java and
+JavaScript splits are texts, whose values `literals` reads first.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, model_validator
 
+from qat.behavior.bfcl.literals import TYPES, WITH_ITEMS, Language, read_literal
 from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
 
 Kind = Literal["simple", "multiple", "parallel", "irrelevance", "relevance"]
 """How the calls of a case are judged: one call, one of several functions, all of several calls, none, at least one."""
-
-TYPES: dict[str, type] = {
-    "string": str,
-    "integer": int,
-    "float": float,
-    "boolean": bool,
-    "array": list,
-    "tuple": list,
-    "dict": dict,
-    "any": str,
-}
-"""BFCL's names of types in the Python splits."""
 
 Call = Mapping[str, Mapping[str, Any]]
 """One call as BFCL writes it: `{name: arguments}`."""
@@ -45,26 +35,25 @@ class Function(Params):
 
     Attributes:
         name: As BFCL writes it, dots included.
-        types: Parameter to its type and, of arrays and tuples, that of the items.
+        types: Parameter to its type and, where that has items, theirs.
         required: Parameters that a call must give.
+        language: Whose names the types are, and whose literals the arguments hold.
     """
 
     name: str
     types: dict[str, tuple[str, str | None]]
     required: list[str] = Field(default_factory=list)
+    language: Language = "python"
 
-    @field_validator("types")
-    @classmethod
-    def _known(cls, types: dict[str, tuple[str, str | None]]) -> dict[str, tuple[str, str | None]]:
-        for parameter, (outer, inner) in types.items():
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for parameter, (outer, inner) in self.types.items():
             for name in (outer, *([] if inner is None else [inner])):
-                if name not in TYPES:
-                    raise ValueError(f"parameter {parameter!r}: no type {name!r} in BFCL's Python splits")
-            if (outer in ("array", "tuple")) != (inner is not None):
-                raise ValueError(
-                    f"parameter {parameter!r}: a type of items belongs to arrays and tuples, and only there"
-                )
-        return types
+                if name not in TYPES[self.language]:
+                    raise ValueError(f"parameter {parameter!r}: no type {name!r} of {self.language} can be matched")
+            if (outer in WITH_ITEMS) != (inner is not None):
+                raise ValueError(f"parameter {parameter!r}: a type of items belongs to lists, and only there")
+        return self
 
 
 def wire_name(name: str) -> str:
@@ -112,18 +101,26 @@ def _call_fault(function: Function, allowed: Mapping[str, Any], call: Call) -> s
     for parameter, value in arguments.items():
         if parameter not in function.types or parameter not in allowed:
             return f"argument {parameter!r} is not known"
-        if not _fits(function.types[parameter], value, allowed[parameter]):
-            return f"argument {parameter!r}: {value!r} is none of {allowed[parameter]!r}"
+        if not _fits(function.language, function.types[parameter], value, allowed[parameter]):
+            return f"argument {parameter!r}: {value!r:.300} is none of {allowed[parameter]!r}"
     for parameter, values in allowed.items():
         if parameter not in arguments and "" not in values:
             return f"argument {parameter!r} is missing"
     return None
 
 
-def _fits(declared: tuple[str, str | None], value: Any, answers: Sequence[Any]) -> bool:
-    outer, inner = TYPES[declared[0]], None if declared[1] is None else TYPES[declared[1]]
-    if declared[0] == "float" and type(value) is int:
-        value = float(value)
+def _fits(language: Language, declared: tuple[str, str | None], value: Any, answers: Sequence[Any]) -> bool:
+    types = TYPES[language]
+    outer, inner = types[declared[0]], None if declared[1] is None else types[declared[1]]
+    if language != "python":
+        if not isinstance(value, str):
+            return False
+        value = read_literal(language, value, *declared)
+    elif outer is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            return False
     well_typed, variable = _type_fits(value, answers, outer, inner)
     if not well_typed:
         return False
@@ -195,17 +192,38 @@ class Bfcl(Params):
     functions: list[Function] = Field(default_factory=list)
     answers: list[dict[str, dict[str, list[Any]]]] = Field(default_factory=list)
 
+    @model_validator(mode="after")
+    def _judgeable(self) -> Self:
+        if self.kind in ("irrelevance", "relevance"):
+            return self
+        if not self.answers or (self.kind != "parallel" and len(self.answers) > 1):
+            raise ValueError(f"{len(self.answers)} calls in the ground truth of a case of kind {self.kind}")
+        known = {function.name for function in self.functions}
+        for answer in self.answers:
+            if len(answer) != 1 or not answer.keys() <= known:
+                raise ValueError(
+                    f"the ground truth calls {', '.join(answer) or 'nothing'}; offered: {', '.join(known)}"
+                )
+        return self
+
 
 @check("bfcl", Bfcl)
 def bfcl(reply: Reply, params: Bfcl) -> CheckResult:
     """The calls are those that the case of BFCL wants.
 
-    A call whose arguments are no JSON object is no call to BFCL: its decoder fails, which fails a case that wants calls
-    and passes one that wants none.
+    A call whose arguments are no JSON object, or no text at all, is no call to BFCL: its decoder fails, which fails a
+    case that wants calls and passes one that wants none.
     """
-    broken = [call for call in reply.calls if call.arguments is None]
-    if broken and params.kind != "irrelevance":
-        return failed(f"{broken[0].name}: the arguments are no JSON object: {broken[0].raw[:80]}")
-    calls = [] if broken else [{call.name: call.arguments or {}} for call in reply.calls]
-    fault = match(params.kind, params.functions, params.answers, calls)
+    try:
+        fault = _reply_fault(reply, params)
+    except RecursionError:  # in reading or showing brackets within a thousand brackets
+        fault = None if params.kind == "irrelevance" else "the arguments are nested too deeply to be read"
     return PASSED if fault is None else failed(fault)
+
+
+def _reply_fault(reply: Reply, params: Bfcl) -> str | None:
+    broken = [call for call in reply.calls if call.arguments is None or call.raw in ("", "None")]
+    if broken and params.kind != "irrelevance":
+        return f"{broken[0].name}: the arguments are no JSON object: {broken[0].raw[:80]}"
+    calls = [] if broken else [{call.name: call.arguments or {}} for call in reply.calls]
+    return match(params.kind, params.functions, params.answers, calls)

@@ -155,6 +155,21 @@ def check_names() -> list[str]:
     return sorted(_CHECKS)
 
 
+def registered(name: str) -> Check:
+    """The check of this name.
+
+    Raises:
+        ValueError: There is none; the text has the nearest name.
+    """
+    if name in _CHECKS:
+        return _CHECKS[name]
+    near = difflib.get_close_matches(name, _CHECKS, n=1)
+    raise ValueError(
+        f"no check is named {name!r}"
+        + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(check_names())}")
+    )
+
+
 class BoundCheck(NamedTuple):
     """A check with its parameters; one that `waits` belongs in a thread of its own, off an event loop."""
 
@@ -178,13 +193,7 @@ def bind(name: str, params: Mapping[str, Any]) -> BoundCheck:
     Raises:
         ValueError: An unknown check (with the nearest name) or parameters that it does not take; the text says which.
     """
-    entry = _CHECKS.get(name)
-    if entry is None:
-        near = difflib.get_close_matches(name, _CHECKS, n=1)
-        raise ValueError(
-            f"no check is named {name!r}"
-            + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(check_names())}")
-        )
+    entry = registered(name)
     try:
         return BoundCheck(name, entry.params.model_validate(params), entry.run, entry.waits)
     except ValidationError as error:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import ConfigDict, model_validator
 
 from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
 from qat.behavior.checks.names import fold, mentions_phrase
 
 
 class Mentions(Params):
-    """Phrases of which at least one (`any`) and every one (`all`) must occur."""
+    """Phrases of which at least one (`any`) and every one (`all`) must occur; a number is the text that it is."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
     any: tuple[str, ...] = ()
     all: tuple[str, ...] = ()
 
@@ -41,6 +42,7 @@ def mentions(reply: Reply, params: Mentions) -> CheckResult:
 class NotMentions(Params):
     """Phrases of which none may occur."""
 
+    model_config = ConfigDict(coerce_numbers_to_str=True)
     any: tuple[str, ...]
 
     @model_validator(mode="after")

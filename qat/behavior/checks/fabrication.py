@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Iterator
+from decimal import Decimal
 from functools import lru_cache
+from itertools import combinations
 
 import regex
 
@@ -35,17 +37,19 @@ class NoFabrication(Params):
 def no_fabrication(reply: Reply, params: NoFabrication) -> CheckResult:
     """Every number and name of the texts stands in the messages, the tool results or `allowed`.
 
-    Numbers compare by value ("ten" is 10, Kannada digits are digits; "one" is mostly a pronoun and is left out). A name
-    is a capitalised word inside a sentence, or at its beginning where another capitalised word, a possessive or a verb
-    of persons follows.
+    Numbers compare by value ("ten" is 10, Kannada digits are digits; "one" is mostly a pronoun and is left out); a sum
+    or difference of two that the reply calls one ("both ways", "more than") is no invention. A name is a capitalised
+    word inside a sentence, or at its beginning where another capitalised word, a possessive or a verb of persons
+    follows.
     """
     context = "\n".join(_context(reply, params))
     known_words, known_numbers = _known_of(context)
     for text in reply.texts:
         if params.claims and (claim := _claim(text)):
             return failed(f"claims a memory: {claim}")
-        if params.numbers and (unknown := [n for n in _numbers(text) if n not in known_numbers]):
-            return failed(f"number {unknown[0]} is in no source")
+        for number in _numbers(text) if params.numbers else ():
+            if number not in known_numbers and not _calculated(number, text, known_numbers):
+                return failed(f"number {number} is in no source")
         if params.names and not capitalises_nouns(text):
             for name in _names(text):
                 if not _known(name, known_words):
@@ -84,12 +88,28 @@ _NUMBER = regex.compile(rf"\p{{Nd}}+(?:[.,:]\p{{Nd}}+)*|\b(?:{_ANY_WORD})\b", re
 
 
 _ONE = regex.compile(r"\bone\b", regex.IGNORECASE)
+_LARGE = regex.compile(
+    rf"(?=\b(?:a|one|\d{{1,3}}|{_ANY_WORD})[\s-]+(?:hundred|thousand)\b)"
+    rf"\b(?:(?P<thousands>a|one|\d{{1,3}}|{_ANY_WORD})[\s-]+thousand\b)?"
+    rf"(?:(?:(?<=thousand),?\s+(?:and\s+)?)?(?P<hundreds>a|one|\d|{_ANY_WORD})[\s-]+hundred\b)?"
+    rf"(?:(?<=hundred|thousand),?\s+(?:and\s+)?(?P<rest>\d{{1,2}}|{_ANY_WORD})\b(?!\s+(?:hundred|thousand)))?",
+    regex.IGNORECASE,
+)
+_FOLLOWS = regex.compile(
+    r"\b(?:more|less|fewer|difference|total|together|altogether|in\s+all|sum|both\s+ways|each\s+way|return|left|remain\w*|half"
+    r"|twice|double|change|saves?)\b",
+    regex.IGNORECASE,
+)
+"""Words of a sentence that says what it has calculated."""
+_MOST_SUMMED = 40
+"""Of so many numbers pairs are formed; in a longer context hardly any number would be left."""
 _THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{2,3})+(?:\.\d+)?")
 
 
 def _numbers(text: str) -> Iterator[str]:
     """Numbers of a text in one form: ASCII digits, no leading zeros or thousands separators; "7:30" gives 7 and 30."""
     text = _TENS_UNIT.sub(lambda m: str(_TENS[m[1].casefold()] + _UNITS.index(m[2].casefold())), text)
+    text = _LARGE.sub(_large, text)
     for match in _NUMBER.finditer(text):
         word = match.group().casefold()
         if word in _NUMBER_WORDS:
@@ -102,6 +122,27 @@ def _numbers(text: str) -> Iterator[str]:
             whole, _, decimals = part.partition(".")
             whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
             yield f"{whole}.{decimals}" if decimals else whole
+
+
+def _large(match: regex.Match[str]) -> str:
+    """Hundreds and thousands in words as one number: "a hundred and eighty" is 180."""
+
+    def value(word: str | None) -> int:
+        word = (word or "0").casefold()
+        return 1 if word in ("a", "one") else _NUMBER_WORDS.get(word) or int(word if word.isdigit() else 0)
+
+    return str(1000 * value(match["thousands"]) + 100 * value(match["hundreds"]) + value(match["rest"]))
+
+
+def _calculated(number: str, text: str, known: frozenset[str]) -> bool:
+    """Whether a sentence that speaks of a sum or a difference gives one of the known numbers, two of them or all."""
+    spoken = [s for s in sentences(text) if _FOLLOWS.search(s) and number in _numbers(s)]
+    if not spoken:
+        return False
+    values = [Decimal(each) for each in sorted(known)][:_MOST_SUMMED]
+    results = {sum(values, Decimal())} | {2 * a for a in values} | {a / 2 for a in values}
+    results |= {abs(a + sign * b) for a, b in combinations(values, 2) for sign in (1, -1)}
+    return Decimal(number) in results
 
 
 _CAPITAL = regex.compile(r"\b\p{Lu}[\p{L}\p{M}'’]*(?<!['’])")
@@ -172,7 +213,9 @@ _CLAIM = regex.compile(
         (?:like|likes|love|prefer|enjoy|adore|hate|allergic\s+to|fond\s+of)\b
       | \byour\s+favou?rite\b[^.?!]{0,80}\bis\b
       | \b(?:earlier|before|yesterday|last\s+(?:week|month|year|night|\p{L}+day))\b.{0,120}\byou\b
-      | \byou\s+(?:bought|sold|own|owned|wanted|visited|went|met|used\s+to|have\s+a)\b
+      | \byou\s+(?:bought|sold|own|owned|wanted|visited|went|met|used\s+to|have\s+a|left|put|kept|took|drove|lost
+        |parked|placed|stored|ordered|booked|called|moved|lived|worked|stayed)\b
+      | \byou\s+(?:usually|always|often|normally|typically|mostly|tend\s+to)\s+\p{L}
       | \bin\s+(?:your|my)\s+memory\s*: | \bit\s+is\s+the\b.{0,120}\byou\s
       | ಹೇಳಿದ್ದಿ|ಹೇಳಿದ್ರಿ|ಹೇಳಿದ್ದೀರಿ|ತಿಳಿಸಿದ್ದಿ|ನೆನಪಿದೆ|ನಿಮಗೆ\s.{0,80}ಇಷ್ಟ | (?:बताया|कहा|बोला)\s+था|याद\s+है|आपको\s.{0,80}पसंद
       | \b(?:du\s+hast|sie\s+haben)\s+(?:mir\s+)?.{0,80}\b(?:gesagt|erzählt|erwähnt)\b | \bich\s+erinnere\s+mich\b

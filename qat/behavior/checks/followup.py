@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import regex
 
 from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
@@ -32,6 +34,7 @@ _INVITES = regex.compile(
         (?:me|us|with|the|your|a|an|any|more|which|what|one)\b)
       | \bif\s+you(?:['’]d|\s+would)?\s+(?:like|want|wish|need)\b.{0,120}\b(?:i\s+can|i\s+could|tell\s+me|say)\b
       | \b(?:i\s+can|i\s+could)\s.{0,120}\bif\s+you(?:['’]d|\s+would)?\s+(?:like|want|wish|need)\b
+      | \bI(?:['’]m|\s+am)\s+(?:\w+\s+){0,2}here\s+(?:for\s+you|(?:if|when|whenever)\s+you)\b
       | \bwhat\s+(?:do\s+you\s+think|about\s+you)\W*$ | \bhow\s+about\s+you\W*$""",
     regex.VERBOSE | regex.IGNORECASE,
 )
@@ -56,9 +59,42 @@ _INVITES_BEYOND = regex.compile(
     regex.VERBOSE | regex.IGNORECASE,
 )
 """Kannada, Hindi, Tamil, Chinese, Japanese, Russian, Arabic; looked for in texts beyond ASCII only."""
-# Questions of a voice that lost their mark.
+# Questions of a voice that lost their mark, and of languages that write them without one.
 _UNMARKED = regex.compile(
-    r"(?:ಬೇಕಾ|ಬೇಕೇ|ಹೇಳಲಾ|ಮಾಡಲಾ|ಮಾಡಲೇ|ಹೇಳಲೇ|ಇದೆಯಾ|ಸರಿನಾ)\W*$|^\W*(?:would|shall|do|can|could|may|want)\s+(?:you|i|we|me)\b",
+    r"(?:ಬೇಕಾ|ಬೇಕೇ|ಹೇಳಲಾ|ಮಾಡಲಾ|ಮಾಡಲೇ|ಹೇಳಲೇ|ಇದೆಯಾ|ಸರಿನಾ)\W*$|^\W*(?:would|shall|do|can|could|may|want)\s+(?:you|i|we|me)\b"
+    r"|(?:です|ます|ません|でしょう)か\W*$|(?:까요|나요)\W*$",
+    regex.IGNORECASE,
+)
+
+# What looks like a question or an invitation and is none.
+_ASKING = regex.compile(
+    r"^\W*(?:(?:and|so|but|or|well|okay|ok)\W+)*(?:wh(?:o|om|ose|at|ich|en|ere|y)|how|is|are|was|were|do|does|did|can|could|will"
+    r"|would|shall|should|may|have|has|am)\b(?!\s+a\b)",
+    regex.IGNORECASE,
+)
+_TAG = regex.compile(r"[,–—-]\s*(?:ok|okay|get\s+it|got\s+it|you\s+know|you\s+see|yeah)\s*[?？]+\W*$", regex.IGNORECASE)
+_TAG_BEFORE_MORE = regex.compile(r"[,–—-]\s*(?:right|huh|eh|no|correct)\s*[?？]+\W*$", regex.IGNORECASE)
+_CONSENT = regex.compile(r"\b(?:I['’]ll|I\s+will|we['’]ll|we\s+will|let['’]s|I['’]m\s+going\s+to)\b", regex.IGNORECASE)
+_EXCLAIMED = regex.compile(
+    r"^\W*(?:(?:and|but|well|oh)\W+)?(?:who\s+(?:knew|knows|cares)|who(?:['’]d|\s+would)(?:\s+have|['’]ve)\s+\w+|what\s+a\b.*"
+    r"|is\s?n['’]t\s+(?:it|that)\s+\w+|(?:you\s+know|guess)\s+what)\s*[?？]+\W*$",
+    regex.IGNORECASE,
+)
+_TOLD_NEXT = regex.compile(
+    r"^\W*(?:\w+\W+){0,2}(?:(?:do|did)\s+you\s+(?:know|remember|recall)\b|(?:can|could)\s+you\s+guess\b|guess\s+wh"
+    r"|remember\s+the\b|you\s+(?:ask|asked|mean|meant)\b|ever\s+wonder)",
+    regex.IGNORECASE,
+)
+_OFFERS = regex.compile(
+    r"^\W*(?:I\s+(?:can|could|will|would|need)|I['’](?:ll|d)|let\s+me|if\b|tell\b|say\b|please\b|then\s+I\b)",
+    regex.IGNORECASE,
+)
+_REPORTED = regex.compile(
+    r"^[^:?]{1,80}\b(?:says?|said|asks?|asked|reads|goes|writes|wrote)\s*:"
+    r"|,\s*(?:(?:the|my|your|her|his)\s+\w+|she|he|they|\p{Lu}\w+)\s+(?:said|says|asked|asks|wrote|told\s+\w+)\b"
+)
+_QUESTION_FOLLOWS = regex.compile(
+    r"^(?!.*\b(?:I\s+(?:have|need|just)|my|quick|one\s+more)\b).*\b(?:question|riddle|puzzle)s?\b[^:?]*:\W*$",
     regex.IGNORECASE,
 )
 
@@ -75,12 +111,36 @@ def no_follow_up_question(reply: Reply, params: Params) -> CheckResult:
     for text in reply.texts:
         # A reply that stands as a whole in quotation marks quotes nobody.
         spoken = _QUOTED.sub("so", text) if not _QUOTED.fullmatch(text.strip()) else text.strip()[1:-1]
-        if offer := find_follow_up(broken_up(spoken)):
+        own = _own_words(sentences(spoken))
+        if offer := find_follow_up(broken_up("\n".join(own))):
             return failed(f"asks back: {offer}")
-        for sentence in sentences(spoken):
+        for sentence in own:
             if _asks(sentence):
                 return failed(f"asks back: {sentence}")
     return PASSED
+
+
+def _own_words(spoken: Sequence[str]) -> list[str]:
+    """The sentences without those that only look as if they asked the user.
+
+    These are statements with a tag ("…, okay?"; with "right?" where more follows), exclamations, questions that the
+    next sentence answers ("Do you know why? …"), what others say or ask, and the question of a quiz.
+    """
+    found = []
+    for number, sentence in enumerate(spoken):
+        following = spoken[number + 1] if number + 1 < len(spoken) else ""
+        more = following and not _QUESTION.search(following) and not _OFFERS.search(following)
+        tagged = _TAG.search(sentence) or (more and _TAG_BEFORE_MORE.search(sentence))
+        harmless = (
+            (tagged and not _ASKING.search(sentence) and not _CONSENT.search(sentence))
+            or _EXCLAIMED.search(sentence)
+            or (more and _TOLD_NEXT.search(sentence))
+            or _REPORTED.search(sentence)
+            or (number and _QUESTION_FOLLOWS.search(spoken[number - 1]))
+        )
+        if not harmless:
+            found.append(sentence)
+    return found
 
 
 def _asks(sentence: str) -> bool:

@@ -38,6 +38,15 @@ _SHARED_SCRIPT = {
         "esta hoje amanhã eu você me te seu sua está",
         "nl": "de het een is zijn was en of niet ik je jij hij zij we wij met voor op te van in aan dat ook nog "
         "maar vandaag geen mij er naar bij",
+        "sv": "och att det som är jag inte en ett på med har till av för den var han hon vi du om så kan ska idag hela "
+        "dagen",
+        "fi": "ja on ei se että hän minä sinä oli mutta kun niin tämä koko myös nyt olen ovat mitä",
+        "pl": "i nie jest się na że to jak ale czy tak już za od był była będzie przez są ma mnie cały",
+        "tr": "ve bir bu da için çok ne ile ama var yok ben sen bugün yarın değil mi olarak gün bütün",
+        "id": "dan yang di itu ini dengan untuk tidak ada akan saya kamu anda dari ke besok hari sudah bisa",
+        "hu": "a az és nem hogy egy van meg de ez már csak én te ma volt lesz egész nap",
+        "vi": "và là có không của một những được tôi bạn anh cho này đó với ngày rất sẽ trời",
+        "ro": "și nu este în la că pe un o din cu mai sunt eu tu ce dar azi mâine va toată ziua",
     },
     "Devanagari": {
         "hi": "है हैं था थी थे का की के को में से पर और नहीं यह वह मैं आप हम तुम ने भी कि तो हो गया रहा रही एक "
@@ -46,8 +55,8 @@ _SHARED_SCRIPT = {
         "झाले",
     },
     "Cyrillic": {
-        "ru": "и в не на я что это с он она по но как мы вы ты у за из же от так все был есть для о",
-        "uk": "і в не на я що це з він вона по але як ми ви ти у за із же від так все був є для про та",
+        "ru": "и в не на я что это с он она по но как мы вы ты у за из же от так все был будет есть для о",
+        "uk": "і в не на я що це з він вона по але як ми ви ти у за із же від так все був буде є для про та",
     },
     "Arabic": {
         "ar": "في من على إلى هذا هذه أن لا ما هو هي كان قد عن مع أنا أنت هل لم ذلك كل",
@@ -59,12 +68,26 @@ _SCRIPT_OF = _OWN_SCRIPT | {code: script for script, known in _SHARED_SCRIPT.ite
 LANGUAGES = tuple(sorted({*_SCRIPT_OF, "zh", "ja"}))
 """Codes (ISO 639-1) of the languages that the check knows."""
 
+_FURTHER = {
+    "Latin": {
+        "en": "am i'm me us how when where why much many more some any any very just about per plus please tell let's "
+        "after before again into than only were been would could should thank thanks don't it's that's"
+    }
+}
+"""More words of a language that is named without being asked for; no check fails by them."""
 _SCRIPTS = sorted({*_SCRIPT_OF.values(), "Han", "Hiragana", "Katakana"})
 _LETTER = regex.compile("|".join(rf"(?P<{script}>\p{{Script={script}}}+)" for script in _SCRIPTS))
 _TOKEN = regex.compile(r"(?:\p{L}|\p{M})+['’]?")
+_COMMA = regex.compile(r"[,、،;:]")
+_BEYOND_ASCII = regex.compile(r"[\p{Latin}--\p{ASCII}]", regex.VERSION1)
 _COMMON_WORDS = {
     script: {code: frozenset(words.split()) for code, words in known.items()}
     for script, known in _SHARED_SCRIPT.items()
+}
+_NAMED_BY = _COMMON_WORDS | {
+    script: _COMMON_WORDS[script]
+    | {code: _COMMON_WORDS[script][code] | set(words.split()) for code, words in more.items()}
+    for script, more in _FURTHER.items()
 }
 _TELLING = {"es": "¿¡ñ", "de": "ß", "pt": "ãõ", "uk": "іїєґ", "ru": "ыэъё", "fa": "پچژگ", "ur": "ٹڈڑںے"}
 """Letters that only one of the languages sharing its script writes; one of them weighs as two common words."""
@@ -73,8 +96,20 @@ _TELLING_FROM = 3
 """Fewer words may be a name or a title."""
 _LEAD = 0.8
 """How many common words, shared ones in part, another language must have more than the expected one."""
+_BESIDE = 0.2
+"""Share of the letters from which a second script counts."""
 _SILENT_FROM = 8
 """From this many words on, a text without one function word of the expected language is in another."""
+_OWN_LETTERS = {
+    "en": "", "de": "äöüß", "fr": "àâæçéèêëîïôœùûüÿ", "es": "áéíóúüñ", "it": "àèéìíîòóù", "pt": "áâãàçéêíóôõúü",
+    "nl": "áéëèïíóöü", "sv": "åäöé", "fi": "äöåšž", "pl": "ąćęłńóśźż", "tr": "çğıöşüâîû", "id": "é", "hu": "áéíóöőúüű",
+    "ro": "ăâîșțşţ",
+}  # fmt: skip
+"""Letters beyond ASCII of the languages in Latin script; a word with another one is foreign to the text."""
+_FOREIGN_FROM = 3
+"""From this many words on, a text with a foreign letter and no function word of the expected language is in another."""
+_LISTED = 2 / 5
+"""A text in which a comma follows that share of the words lists things: lists have no function words."""
 
 
 class Language(Params):
@@ -140,9 +175,17 @@ def _by_words(text: str, expected: str, known: dict[str, frozenset[str]]) -> str
     best = max(weight, key=lambda code: weight[code])
     if weight[best] > weight[expected] + _LEAD:
         return f"{best}, not {expected}"
-    if len(words) >= _SILENT_FROM and weight[expected] == 0:
+    listed = len(_COMMA.findall(text)) >= _LISTED * len(words)
+    enough = _FOREIGN_FROM if _foreign(text, expected) else _SILENT_FROM
+    if len(words) >= enough and weight[expected] == 0 and not listed:
         return f"none of the commonest words of {expected}"
     return None
+
+
+def _foreign(text: str, expected: str) -> bool:
+    """Whether a Latin letter stands in the text that the language does not write."""
+    own = _OWN_LETTERS.get(expected)
+    return own is not None and any(char not in own for char in _BEYOND_ASCII.findall(text.casefold()))
 
 
 def _words(text: str) -> list[str]:
@@ -173,10 +216,20 @@ def likely_language(text: str) -> str | None:
     if script not in _COMMON_WORDS:
         return next(code for code, own in _OWN_SCRIPT.items() if own == script)
     words = _words(text)
-    weight = _weights(text, words, _COMMON_WORDS[script])
+    weight = _weights(text, words, _NAMED_BY[script])
     ranked = sorted(weight, key=lambda code: -weight[code])
     told = len(words) >= _TELLING_FROM and weight[ranked[0]] > weight[ranked[1]]
     return ranked[0] if told else None
+
+
+def scripts_beside(text: str) -> list[str]:
+    """Names of further scripts in which at least a fifth of the letters stands; the three of Japanese count as one."""
+    letters = _letters(text)
+    if not letters:
+        return []
+    main, total = letters.most_common(1)[0][0], letters.total()
+    others = [script for script, count in letters.most_common() if script != main and count >= _BESIDE * total]
+    return [script for script in others if not {script, main} <= {"Han", "Hiragana", "Katakana"}]
 
 
 def capitalises_nouns(text: str) -> bool:

@@ -22,10 +22,23 @@ _ABBREVIATION = regex.compile(
       )\.(?=\s)""",
     regex.VERBOSE,
 )
+# Initials and states before a name ("M.G. Road", "the U.S. President"; "the U.S. It" ends a sentence), months, days and
+# units before a number or within the sentence, and a pause ("well... never mind").
+_WITHIN = regex.compile(
+    r"""(?<![\p{L}.])(?:\p{Lu}\.){1,4}\p{Lu}\.(?=\s+(?!(?:The|It|He|She|They|We|You|I|In|On|At|This|That|These|There|But|And|So|A|An
+          |My|Your|His|Her|Their|Our|If|When|After|Then|Now|Today|Tomorrow|For|No|Yes|Take|What|Who)\b)\p{Lu})
+      | (?<!\p{L})(?:Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec)\.(?=\s[\p{Nd}\p{Ll}])
+      | (?<!\p{L})(?:Mon|Tues?|Wed|Thu(?:rs)?|Fri|Sat|Sun)\.(?=\s[\p{Nd}\p{Ll}])
+      | (?<!\p{L})(?:min|hrs?|sec|tbsp|tsp|oz|lbs?|km|kg|cm|ft|sq|pp?|Sec|Art|Ch|Vol|Ext)\.(?=\s[\p{Nd}\p{Ll}])
+      | (?<![\p{L}\p{M}.])(?:[\p{L}\p{M}--\p{Latin}]{1,4}\.){2,5}(?=\s)
+      | (?:\.{2,}|…)(?=\s+\p{Ll})""",
+    regex.VERBOSE | regex.VERSION1,
+)
 _DAY = regex.compile(r"(?<=\b\p{Nd}{1,2})\.(?=\s(?:Jan|Feb|März|Mär|Apr|Mai|Juni?|Juli?|Aug|Sep|Okt|Nov|Dez)\p{Ll}*\b)")
 # The scripts that write no space after a sentence.
 _UNSPACED = regex.compile(r"(?<=[。！？])(?=[\p{L}\p{N}])|(?<=[.!?।॥][\"”’)\]]?)(?=\p{Han}|\p{Hiragana}|\p{Katakana})")
 _ONE_DOT_LEADER = "\u2024"
+_PAUSE = "\u2025"
 
 
 _LONG = 2000
@@ -46,12 +59,14 @@ def broken_up(text: str) -> str:
 def sentences(text: str) -> tuple[str, ...]:
     """The sentences of a text as they are spoken, by `qat.data.text.split_sentences` in more languages.
 
-    Full stops of abbreviations in other languages than English ("ಡಾ. ರಾವ್", "z. B.", "a las 5 p. m. de la tarde") and
-    of German dates ("3. Mai") end none; the full stops of Chinese and Japanese do, with no space after them.
+    Full stops of abbreviations ("ಡಾ. ರಾವ್", "z. B.", "M.G. Road"), of German dates ("3. Mai") and of pauses within a
+    sentence ("well... never mind") end none; the full stops of Chinese and Japanese do, with no space after them.
     """
-    text = _ABBREVIATION.sub(lambda match: match.group().replace(".", _ONE_DOT_LEADER), text)
+    for pattern in (_ABBREVIATION, _WITHIN):
+        text = pattern.sub(lambda match: match.group().replace(".", _ONE_DOT_LEADER).replace("…", _PAUSE), text)
     text = _UNSPACED.sub(" ", _DAY.sub(_ONE_DOT_LEADER, text))
-    return tuple(sentence.replace(_ONE_DOT_LEADER, ".") for sentence in split_sentences(broken_up(text)))
+    found = split_sentences(broken_up(text))
+    return tuple(sentence.replace(_PAUSE, "…").replace(_ONE_DOT_LEADER, ".") for sentence in found)
 
 
 # A word is a run of letters, marks and digits with inner apostrophes, points, commas or hyphens ("don't", "7:30",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 
@@ -24,8 +25,9 @@ def use_fast_layers_(model: nn.Module) -> Replaced:
     """Replace the forward of normalizations, and where mamba-ssm can be imported, of Mamba mixers.
 
     `in_proj` and `out_proj` are still called as modules, so adapters and quantizers on them take part. Transformers'
-    own forward runs where a weight is trained that the kernels give no gradient, and where a mixer is given a cache or
-    a padding mask.
+    own forward runs while a gradient is asked for that the kernels do not give (that of a norm's or a convolution's
+    weight), and where a mixer is given a cache or a padding mask. Validation asks for none, so what it measures of a
+    network that is trained as a whole is, to the bit, what the network loaded from its files gives.
 
     Args:
         model: Nemotron-H or any other, whose modules then stay as they are; on a GPU. Changed in place, after the
@@ -54,8 +56,13 @@ def _scan() -> Any:
     return mamba_chunk_scan_combined
 
 
+def _is_trained(*weights: Tensor) -> bool:
+    """Whether a gradient of one of them is asked for."""
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+
+
 def _norm(module: Any, original: Any, hidden_states: Tensor) -> Tensor:
-    if module.weight.requires_grad:
+    if _is_trained(module.weight):
         output: Tensor = original(hidden_states)
         return output
     from qat.quant.kernels.norm import rms_norm
@@ -73,7 +80,7 @@ def _mixer(
     **options: Any,
 ) -> Tensor:
     """The mixer's chunked form: in_proj, convolution, scan, gated normalization, out_proj."""
-    trained = any(each.requires_grad for each in (*module.conv1d.parameters(), *module.norm.parameters()))
+    trained = _is_trained(*module.conv1d.parameters(), *module.norm.parameters())
     if trained or cache_params is not None or attention_mask is not None:
         output: Tensor = original(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **options)
         return output

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qat.train.base import training_device
+
 EXPERTS = ["mixer.experts.up_proj", "mixer.experts.down_proj"]
 ATTENTION = r".*mixer\.(q_proj|k_proj|v_proj|o_proj)$"
 RANK = 16
@@ -55,15 +57,61 @@ def configuration(file: Path, layers: int | None) -> Any:
 
 def network(config: Any, experts: str = "grouped_mm", *, checkpointing: bool = True) -> Any:
     """A frozen network with random BF16 weights on the GPU, in `train` mode."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=torch.bfloat16, experts_implementation=experts
-        )
+    model = _shape(config, training_device(), experts)
     model.requires_grad_(False)
     set_checkpointing(model, checkpointing)
     return model.train()
+
+
+def _shape(config: Any, device: torch.device, experts: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with device:
+        return AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), dtype=torch.bfloat16, experts_implementation=experts
+        )
+
+
+def packed_network(config: Any) -> Any:
+    """A frozen network with random weights, all linears and experts of its layers in NVFP4, in `train` mode.
+
+    One layer after the other gets its BF16 weights and is packed, so that the BF16 network never stands as a whole (as
+    `qat.train.packed_base` loads it from files).
+    """
+    from qat.quant.names import memory_name
+    from qat.quant.packed import packed_modules
+
+    model = _shape(config, torch.device("meta"), "grouped_mm")
+    left = [memory_name(name, config.model_type) for name in packed_modules([], config.to_dict())]
+    for number, layer in enumerate(model.model.layers):
+        _draw(model, layer)
+        prefix = f"model.layers.{number}."
+        for name in (name for name in left if name.startswith(prefix)):
+            _pack(layer, name.removeprefix(prefix))
+    for part in model.modules():
+        if any(
+            tensor.is_meta for tensor in (*part._parameters.values(), *part._buffers.values()) if tensor is not None
+        ):
+            _draw(model, part)
+    model.requires_grad_(False)
+    return model.train()
+
+
+def _draw(model: Any, part: nn.Module) -> None:
+    """Give a part of a network without memory its random weights, as the network's own initialization draws them."""
+    part.to_empty(device=training_device())
+    part.apply(model._init_weights)
+
+
+def _pack(layer: nn.Module, name: str) -> None:
+    """Replace a linear's weight, or a fused expert parameter, by its packed form."""
+    from qat.quant.packed import packed_parameter
+
+    parent, _, leaf = name.rpartition(".")
+    holder = layer.get_submodule(parent)
+    if leaf not in holder._parameters:
+        holder, leaf = layer.get_submodule(name), "weight"
+    holder._parameters[leaf] = packed_parameter(holder.get_parameter(leaf).detach())
 
 
 def set_checkpointing(model: Any, on: bool) -> None:
@@ -85,7 +133,8 @@ def with_lora(model: Any, modules: str | list[str], parameters: list[str]) -> An
     config = LoraConfig(
         r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=modules, target_parameters=parameters
     )
-    adapted = get_peft_model(model, config)
+    with training_device():  # drawn there: PEFT draws on the CPU and copies, seconds for the factors of all experts
+        adapted = get_peft_model(model, config)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=1e-3)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qat.train.bench import arms as ways
 
 EXPERTS, OUT, IN, RANK, SLOTS = 128, 1856, 2688, 16, 6
 
@@ -46,6 +49,7 @@ def weight_cases() -> Iterator[Case]:
     """One expert tensor (128, 1856, 2688) in BF16: 1.28 GB."""
     from qat.quant import nvfp4
     from qat.quant.kernels import nvfp4 as kernels
+    from qat.quant.packed import pack
 
     w = torch.randn(EXPERTS, OUT, IN, device="cuda", dtype=torch.bfloat16) * 0.02
     a = torch.randn(EXPERTS, RANK, IN, device="cuda", dtype=torch.bfloat16)
@@ -53,6 +57,8 @@ def weight_cases() -> Iterator[Case]:
     amax = w.abs().amax((1, 2)).float()
     both = 4e-9 * w.numel()
     yield Case("weight: copy", w.clone, both)
+    packed = pack(w)
+    yield Case("weight: unpack from NVFP4", lambda: nvfp4.dequantize(packed, w.dtype), 2.5625e-9 * w.numel())
     yield Case("weight: fake-quantize", lambda: nvfp4.fake_quant_weight(w, amax), both)
     yield Case("weight: W + sBA, torch.baddbmm", lambda: torch.baddbmm(w, b, a, alpha=2.0), both)
     yield Case("weight: W + sBA", lambda: kernels.effective_weight(w, a, b, 2.0), both)
@@ -144,6 +150,34 @@ def layer_cases(tokens: int) -> Iterator[Case]:
     ):
         yield Case(f"{name}, forward", _without_gradient(way), 0.0)
         yield Case(f"{name}, forward + backward", _with_gradient(way, torch.randn_like(way())), 0.0)
+
+
+def module_cases(tokens: int) -> Iterator[Case]:
+    """The quantized, adapted experts of one layer, forward and backward: as they are, and through `torch.compile`."""
+    from peft.tuners.lora.layer import ParamWrapper
+    from transformers import NemotronHConfig
+
+    config = NemotronHConfig(
+        vocab_size=512,
+        hidden_size=IN,
+        layers_block_type=["moe"],
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=SLOTS,
+        moe_intermediate_size=OUT,
+        moe_shared_expert_intermediate_size=2 * OUT,
+        use_cache=False,
+    )
+    model = ways.with_lora(ways.network(config, checkpointing=False), [], ways.EXPERTS)
+    ways.quantize(model, torch.randint(0, 512, (1, 2048), device="cuda"))
+    experts = next(module for module in model.modules() if isinstance(module, ParamWrapper))
+    hidden = torch.randn(tokens, IN, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    choice = torch.rand(tokens, EXPERTS, device="cuda").topk(SLOTS).indices
+    weights, gradient = torch.rand(tokens, SLOTS, device="cuda"), torch.randn_like(hidden)
+    for name, call in (("as they are", experts), ("torch.compile", torch.compile(experts))):
+        way = partial(call, hidden, choice, weights)
+        yield Case(
+            f"experts, NVFP4, LoRA, {tokens} tokens: {name}, forward + backward", _with_gradient(way, gradient), 0.0
+        )
 
 
 def _without_gradient(way: Callable[[], Tensor]) -> Callable[[], Tensor]:

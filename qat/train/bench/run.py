@@ -7,15 +7,17 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from qat.patches.guard import watch
 from qat.train.bench import arms as ways
-from qat.train.bench.kernels import layer_cases, milliseconds, token_cases, weight_cases
+from qat.train.bench.kernels import Case, layer_cases, milliseconds, module_cases, token_cases, weight_cases
 from qat.train.bench.timing import Timing, in_turns, kernel_groups
 from qat.train.bench.whole import whole_model_arms
 
@@ -36,9 +38,13 @@ class Record:
     def add(self, kind: str, **values: Any) -> None:
         """Keep and print one measurement."""
         self.content["measurements"].append({"kind": kind, **values})
-        print(f"{time.monotonic() - self.began:6.1f} s  {kind}  {json.dumps(values)}", flush=True)
+        self.say(f"{kind}  {json.dumps(values)}")
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+
+    def say(self, text: str) -> None:
+        """Print something that belongs in no file."""
+        print(f"{time.monotonic() - self.began:6.1f} s  {text}", flush=True)
 
     def attempt(self, what: str, work: Callable[[], None]) -> None:
         """Do one part of a benchmark; where it fails, say so in the file and go on with the next."""
@@ -74,23 +80,33 @@ def environment() -> dict[str, Any]:
     }
 
 
-def bench_kernels(out: Path) -> None:
-    """Single kernels."""
+PARTS: dict[str, list[Callable[[], Iterator[Case]]]] = {
+    "weights": [weight_cases],
+    "products": [partial(token_cases, rows) for rows in (96, 384, 768, 1536)],
+    "layers": [partial(layer_cases, 16384)],
+    "experts": [partial(module_cases, tokens) for tokens in (2048, 16384)],
+}
+"""What `bench_kernels` can measure."""
+
+
+def bench_kernels(out: Path, parts: Sequence[str]) -> None:
+    """Single kernels.
+
+    Args:
+        out: JSON.
+        parts: Of `PARTS`.
+    """
     record = Record(out, {"shape": "128 experts, 1856 x 2688, rank 16, top 6"})
 
-    def cases(make: Callable[[], Any]) -> Callable[[], None]:
-        def work() -> None:
-            for case in make():
-                taken = milliseconds(case.run)
-                speed = {"gb_per_s": round(case.gigabytes / taken * 1e3)} if case.gigabytes else {}
-                record.add("kernel", name=case.name, ms=round(taken, 4), **speed)
+    def measure(cases: Callable[[], Iterator[Case]]) -> None:
+        for case in cases():
+            taken = milliseconds(case.run)
+            speed = {"gb_per_s": round(case.gigabytes / taken * 1e3)} if case.gigabytes else {}
+            record.add("kernel", name=case.name, ms=round(taken, 4), **speed)
 
-        return work
-
-    record.attempt("weights", cases(weight_cases))
-    for rows in (96, 384, 768, 1536):
-        record.attempt(f"{rows} rows an expert", cases(lambda rows=rows: token_cases(rows)))  # type: ignore[misc]
-    record.attempt("layers", cases(lambda: layer_cases(16384)))
+    for part in parts:
+        for cases in PARTS[part]:
+            record.attempt(part, partial(measure, cases))
 
 
 def bench_layers(config_file: Path, out: Path, layers: int, shapes: list[tuple[int, int]], rounds: int) -> None:
@@ -109,7 +125,7 @@ def bench_layers(config_file: Path, out: Path, layers: int, shapes: list[tuple[i
     _mamba_kernels()
     for name, make in makers.items():
         record.attempt(f"building {name}", lambda make=make: built.append(make()))  # type: ignore[misc]
-        print(f"{time.monotonic() - record.began:6.1f} s  built {name}", flush=True)
+        record.say(f"built {name}")
     each = {arm.name: 1 if arm.name == "modelopt_nvfp4" else 4 for arm in built}
     usable: list[ways.Arm] = []
     for arm in built:
@@ -120,12 +136,12 @@ def bench_layers(config_file: Path, out: Path, layers: int, shapes: list[tuple[i
             usable.append(arm)
 
         record.attempt(f"first step of {arm.name}", warm)
-        print(f"{time.monotonic() - record.began:6.1f} s  warmed {arm.name}", flush=True)
+        record.say(f"warmed {arm.name}")
     for batch, length in shapes:
         tokens = torch.randint(0, config.vocab_size, (batch, length), device="cuda")
 
         def timed(tokens: torch.Tensor = tokens) -> None:
-            for name, timing in in_turns(usable, tokens, rounds, each).items():
+            for name, timing in in_turns(usable, tokens, rounds, each, record.say).items():
                 _timed(record, name, tokens, timing)
 
         record.attempt(f"{batch} x {length}", timed)
@@ -174,22 +190,36 @@ def bench_whole(config_file: Path, out: Path, shapes: list[Shape]) -> None:
     config = ways.configuration(config_file, None)
     record = Record(out, {"config": config_file.name, "layers": config.num_hidden_layers, "optimizer": "AdamW, fused"})
     ids = torch.randint(0, config.vocab_size, (1, 2048), device="cuda")
-    for arm in whole_model_arms(config, ids, {shape.arm for shape in shapes}):
-        record.add("arm", arm=arm.name, what=arm.what)
+    began, arms = time.monotonic(), whole_model_arms(config, ids, {shape.arm for shape in shapes}, record.say)
+    while True:
+        torch.cuda.reset_peak_memory_stats()
+        arm = next(arms, None)
+        if arm is None:
+            return
+        peak = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        record.add("arm", arm=arm.name, what=arm.what, seconds=round(time.monotonic() - began, 1), building_gib=peak)
         for number, shape in enumerate(shape for shape in shapes if shape.arm == arm.name):
-            tokens = torch.randint(0, config.vocab_size, (shape.batch, shape.length), device="cuda")
+            record.attempt(f"{shape}", partial(_measure, record, config, arm, shape, first=number == 0))
+        began = time.monotonic()
 
-            def timed(
-                arm: ways.Arm = arm, shape: Shape = shape, tokens: torch.Tensor = tokens, first: bool = number == 0
-            ) -> None:
-                model: Any = arm.model
-                ways.set_checkpointing(model.get_base_model(), shape.checkpointing)
-                timing = in_turns([arm], tokens, 1, {arm.name: shape.steps})[arm.name]
-                _timed(record, arm.name, tokens, timing, checkpointing=shape.checkpointing)
-                if first and arm.name != "installed":
-                    record.add("profile", arm=arm.name, tokens=list(tokens.shape), **kernel_groups(arm.step, tokens))
 
-            record.attempt(f"{shape}", timed)
+def _measure(record: Record, config: Any, arm: ways.Arm, shape: Shape, *, first: bool) -> None:
+    """Time one shape of an arm; of its first shape also what took part in a step, and where the time goes."""
+    model: Any = arm.model
+    tokens = torch.randint(0, config.vocab_size, (shape.batch, shape.length), device="cuda")
+    ways.set_checkpointing(model.get_base_model(), shape.checkpointing)
+    timing = in_turns([arm], tokens, 1, {arm.name: shape.steps}, record.say)[arm.name]
+    _timed(record, arm.name, tokens, timing, checkpointing=shape.checkpointing)
+    if first and arm.name != "installed":
+        record.add("guard", arm=arm.name, **guarded(arm, tokens))
+        record.add("profile", arm=arm.name, tokens=list(tokens.shape), **kernel_groups(arm.step, tokens))
+
+
+def guarded(arm: ways.Arm, ids: torch.Tensor) -> dict[str, Any]:
+    """Do one step under the guard; says how many quantizers ran and adapters got a gradient, out of how many."""
+    with watch(arm.model) as seen:
+        arm.step(ids)
+    return {"quantizers": len(seen.quantizer_calls), "parameters": len(seen.live_gradients), **seen.to_json()}
 
 
 def _timed(record: Record, arm: str, tokens: torch.Tensor, timing: Timing, **more: Any) -> None:

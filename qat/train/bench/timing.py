@@ -73,7 +73,9 @@ def seconds_of(step: Callable[[Tensor], Tensor], ids: Tensor) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def in_turns(arms: Sequence[Arm], ids: Tensor, rounds: int, each: Mapping[str, int]) -> dict[str, Timing]:
+def in_turns(
+    arms: Sequence[Arm], ids: Tensor, rounds: int, each: Mapping[str, int], say: Callable[[str], None]
+) -> dict[str, Timing]:
     """Time several arms in turns, after one step of each that does not count.
 
     Args:
@@ -81,16 +83,19 @@ def in_turns(arms: Sequence[Arm], ids: Tensor, rounds: int, each: Mapping[str, i
         ids: Tokens (batch, length), the same for all.
         rounds: How often all are gone through.
         each: Steps of an arm in one round, by its name.
+        say: Takes how long each step took, in words.
     """
     taken: dict[str, list[float]] = {arm.name: [] for arm in arms}
     peaks = dict.fromkeys(taken, 0)
     for arm in arms:
-        arm.step(ids)
+        say(f"{arm.name}: first step {seconds_of(arm.step, ids):.3f} s")
     rest = torch.cuda.memory_allocated()
     for _ in range(rounds):
         for arm in arms:
             torch.cuda.reset_peak_memory_stats()
-            taken[arm.name] += [seconds_of(arm.step, ids) for _ in range(each[arm.name])]
+            for _ in range(each[arm.name]):
+                taken[arm.name].append(seconds_of(arm.step, ids))
+                say(f"{arm.name}: {taken[arm.name][-1]:.3f} s")
             peaks[arm.name] = max(peaks[arm.name], torch.cuda.max_memory_allocated())
     return {name: summarize(seconds, ids.numel(), peaks[name], rest) for name, seconds in taken.items()}
 
@@ -98,6 +103,7 @@ def in_turns(arms: Sequence[Arm], ids: Tensor, rounds: int, each: Mapping[str, i
 # Kernel names -> what they do, first match wins.
 _GROUPS = (
     ("matrix products, grouped", r"GroupProblem|GemmGrouped"),
+    ("unpacking", r"_unpack_kernel"),
     ("NVFP4 and effective weights", r"_weight_kernel|_effective_kernel|fp4_fake_quant"),
     ("NVFP4 of activations, relu2", r"_activation_kernel|_relu2_backward"),
     ("routing: gather, combine", r"_sum_kernel|_spread_kernel|index|gather|scatter|sort|radix|searchsorted"),
@@ -112,22 +118,25 @@ _GROUPS = (
 
 
 def kernel_groups(step: Callable[[Tensor], Tensor], ids: Tensor) -> dict[str, Any]:
-    """Profile one step: milliseconds of GPU time by group of kernels, and the longest kernels."""
+    """Profile one step: milliseconds of GPU time and launches by group of kernels, and the longest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as watched:
         step(ids)
         torch.cuda.synchronize()
     groups: dict[str, float] = {}
+    launches: dict[str, int] = {}
     longest: list[tuple[float, int, str]] = []
     for event in watched.key_averages():
         milliseconds = event.self_device_time_total / 1e3
         group = next((name for name, pattern in _GROUPS if re.search(pattern, event.key)), "other, elementwise")
         groups[group] = groups.get(group, 0.0) + milliseconds
+        launches[group] = launches.get(group, 0) + event.count
         longest.append((round(milliseconds, 3), event.count, event.key[:110]))
     ordered = sorted(groups.items(), key=lambda item: -item[1])
     return {
         "total_ms": round(sum(groups.values()), 2),
         "groups_ms": {name: round(value, 2) for name, value in ordered},
+        "launches": {name: launches[name] for name, _ in ordered},
         "longest": sorted(longest, reverse=True)[:25],
     }

@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.train.bench.arms import ATTENTION, EXPERTS, Arm, network, next_token_loss, quantize, with_lora
+from qat.train.bench.arms import (
+    ATTENTION,
+    EXPERTS,
+    Arm,
+    network,
+    next_token_loss,
+    packed_network,
+    quantize,
+    with_lora,
+)
 
 
-def whole_model_arms(config: Any, ids: Tensor, wanted: Collection[str]) -> Iterator[Arm]:
+def whole_model_arms(config: Any, ids: Tensor, wanted: Collection[str], say: Callable[[str], None]) -> Iterator[Arm]:
     """Set up one arm after the other on the same weights; an arm is done with before the next one is asked for.
 
     Args:
@@ -19,11 +28,18 @@ def whole_model_arms(config: Any, ids: Tensor, wanted: Collection[str]) -> Itera
         ids: Tokens for the calibration.
         wanted: Names: `installed` (Transformers and PEFT as a new environment has them), `attention`, `experts`,
             `distillation`; or `packed`, alone.
+        say: Takes what was just done.
     """
     if "packed" in wanted:
-        yield _packed(config)
+        model = packed_network(config)
+        say("packed, layer by layer")
+        _use_kernels(model)
+        adapted = _adapted(model, ATTENTION, EXPERTS)
+        what = "NVFP4 base, LoRA r16 on attention and all experts"
+        yield Arm("packed", what, adapted, _cross_entropy(adapted))
         return
     model = network(config, "eager" if "installed" in wanted else "grouped_mm")
+    say("random weights in BF16")
     if "installed" in wanted:
         adapted = with_lora(model, ATTENTION, [])
         what = "BF16, LoRA r16 on attention, loop over experts, scan in PyTorch"
@@ -44,24 +60,6 @@ def whole_model_arms(config: Any, ids: Tensor, wanted: Collection[str]) -> Itera
         quantize(adapted, ids)
         what = "NVFP4 distillation, LoRA r16 on all experts, teacher pass included"
         yield Arm("distillation", what, adapted, _distil(adapted))
-
-
-def _packed(config: Any) -> Arm:
-    """All linears but the output layer, and all experts, in NVFP4; LoRA on attention and experts."""
-    from qat.quant.names import memory_name
-    from qat.quant.packed import packed_modules, packed_parameter
-
-    model = network(config)
-    for name in packed_modules([], model.config.to_dict()):
-        parent, _, leaf = memory_name(name, "nemotron_h").rpartition(".")
-        holder, key = model.get_submodule(parent), leaf
-        if leaf not in holder._parameters:
-            holder, key = holder.get_submodule(leaf), "weight"
-        holder._parameters[key] = packed_parameter(holder._parameters[key].detach())
-    torch.cuda.empty_cache()
-    _use_kernels(model)
-    adapted = _adapted(model, ATTENTION, EXPERTS)
-    return Arm("packed", "NVFP4 base, LoRA r16 on attention and all experts", adapted, _cross_entropy(adapted))
 
 
 def _use_kernels(model: Any) -> None:

@@ -152,3 +152,12 @@ def test_missing_files_name_what_is_there(tmp_path: Path, kept: Baseline) -> Non
     save_baseline(kept, tmp_path / "kept", replace=False)
     with pytest.raises(UserError, match="baselines here: v1"):
         load_baseline("v2", tmp_path / "kept")
+
+
+def test_a_part_of_the_suite_is_no_baseline_but_its_first_cases_are(tmp_path: Path, suite: Suite) -> None:
+    """A recipe may limit a sampling to the first cases; a shard or a selection from the middle is something else."""
+    first = write(tmp_path, suite, "first", [result("first", n, True) for n in range(50)])
+    assert len(make_baseline("v1", first, suite).passes[0].passed) == 50
+    shard = write(tmp_path, suite, "shard", [result("shard", n, True) for n in range(1, 400, 2)])
+    with pytest.raises(UserError, match="200 of 400 cases were asked"):
+        make_baseline("v1", shard, suite)

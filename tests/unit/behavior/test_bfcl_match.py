@@ -1,17 +1,12 @@
-"""BFCL's rules, each on a case written by hand; where BFCL's package is at hand, also against its own checker."""
+"""BFCL's rules, each on a case written by hand; `test_bfcl_agreement` holds them against the package's own."""
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qat.behavior.bfcl import Function, match
-from qat.behavior.bfcl.agreement import compare, reference_judge
-from qat.behavior.bfcl.mutations import Calls
 from qat.behavior.checks import Reply, bind
 
 BOOK = Function(
@@ -124,37 +119,79 @@ def test_the_check_reads_tool_calls() -> None:
     assert not passed("irrelevance", "{}")
 
 
-def test_types_of_other_languages_are_refused() -> None:
-    with pytest.raises(ValueError, match="HashMap"):
+def test_arguments_that_are_no_text_are_no_call() -> None:
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "now", "arguments": ""}}]}
+    spec = {"functions": [{"name": "now", "types": {}}], "answers": [{"now": {}}]}
+    assert not bind("bfcl", spec | {"kind": "simple"})(Reply([message])).passed
+    assert bind("bfcl", {"kind": "irrelevance"})(Reply([message])).passed
+    message["tool_calls"] = [{"function": {"name": "now", "arguments": "{}"}}]
+    assert bind("bfcl", spec | {"kind": "simple"})(Reply([message])).passed
+
+
+@pytest.mark.parametrize("depth", [400, 985, 990, 995, 100_000])
+def test_arguments_nested_too_deeply_fail(depth: int) -> None:
+    arguments = '{"city": ' + "[" * depth + "]" * depth + "}"
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "hotel_book", "arguments": arguments}}]}
+    spec = {"functions": [BOOK.model_dump()], "answers": [ANSWER]}
+    assert not bind("bfcl", spec | {"kind": "simple"})(Reply([message])).passed
+    assert len(bind("bfcl", spec | {"kind": "simple"})(Reply([message])).detail) < 500
+
+
+def test_a_number_too_large_for_a_float_fails() -> None:
+    assert fault(price=10**400) is not None
+
+
+JAVA = Function(
+    name="Pool.run",
+    types={"ids": ("ArrayList", "long"), "delay": ("long", None), "meta": ("HashMap", None), "who": ("any", None)},
+    required=["delay"],
+    language="java",
+)
+JAVA_ANSWER: dict[str, Any] = {
+    "Pool.run": {"ids": [[101, 202], ""], "delay": [5], "meta": [{"kind": ["fast"], "n": [2]}, ""], "who": ["self", ""]}
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        ({}, True),
+        ({"delay": "5"}, False),  # no long of Java
+        ({"delay": 5}, False),  # a number of JSON, not a text
+        ({"ids": "new ArrayList<>(Arrays.asList(101L, 202L))"}, True),
+        ({"ids": "new ArrayList<Long>() {{ add(101L); add(202L); }}"}, True),
+        ({"ids": "new ArrayList<>(Arrays.asList(202L, 101L))"}, False),
+        ({"ids": "[101, 202]"}, False),
+        ({"ids": [101, 202]}, False),
+        ({"meta": 'new HashMap<String, Object>() {{ put("n", 2); put("kind", "FAST"); }}'}, True),
+        ({"meta": 'new HashMap<String, Object>() {{ put("n", "2"); put("kind", "fast"); }}'}, False),
+        ({"who": "Self"}, True),
+        ({"who": '"self"'}, False),  # quotes within the text count
+    ],
+)
+def test_java_arguments_are_texts_of_literals(arguments: dict[str, Any], right: bool) -> None:
+    call = {"Pool_run": {"delay": "5L"} | arguments}
+    assert (match("simple", [JAVA], [JAVA_ANSWER], [call]) is None) is right
+
+
+def test_types_are_those_of_the_language() -> None:
+    with pytest.raises(ValueError, match="no type 'HashMap' of python"):
         Function(name="f", types={"a": ("HashMap", None)})
+    with pytest.raises(ValueError, match="no type 'Set' of java"):
+        Function(name="f", types={"a": ("Set", None)}, language="java")
+    with pytest.raises(ValueError, match="only there"):
+        Function(name="f", types={"a": ("ArrayList", None)}, language="java")
 
 
-@pytest.mark.slow
-def test_agrees_with_the_package(real_data: Path) -> None:
-    named = os.environ.get("QAT_BFCL_EVAL")
-    if named is None:
-        pytest.skip("no unpacked wheel of bfcl-eval (set QAT_BFCL_EVAL)")
-    result = compare(real_data / "bfcl_v4", ["simple_python", "parallel_multiple"], reference_judge(Path(named)))
-    assert result["differing"] == {}
-    assert sum(count["both pass"] for count in result["splits"].values()) > 15_000
-
-
-def test_a_disagreement_is_counted_and_shown(tmp_path: Path) -> None:
-    function = {
-        "name": "f",
-        "parameters": {"type": "dict", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
-    }
-    (tmp_path / "possible_answer").mkdir()
-    for folder, entry in (
-        (tmp_path, {"id": "x", "function": [function]}),
-        (tmp_path / "possible_answer", {"id": "x", "ground_truth": [{"f": {"a": [1]}}]}),
-    ):
-        (folder / "BFCL_v4_simple_python.json").write_text(json.dumps(entry) + "\n", encoding="utf-8")
-
-    def deaf(functions: list[Any], calls: Calls, answers: list[Any], split: str) -> bool:
-        return calls[0]["f"] == {"b": 1}  # raises where there is no call
-
-    result = compare(tmp_path, ["simple_python"], deaf)
-    assert result["differing"]["ground truth: only we pass"]["times"] == 1
-    assert result["differing"]["no call: we fail, BFCL raises IndexError"]["calls"] == []
-    assert result["mutations"]["wrong number"] == {"both fail": 1} and result["ground_truth_failed"] == {}
+@pytest.mark.parametrize(
+    ("kind", "answers", "problem"),
+    [
+        ("simple", [], "0 calls"),
+        ("multiple", [ANSWER, ANSWER], "2 calls"),
+        ("parallel", [{"other": {}}], "calls other; offered: hotel.book"),
+        ("parallel", [{}], "calls nothing"),
+    ],
+)
+def test_a_ground_truth_that_cannot_be_judged_is_refused(kind: str, answers: list[Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        bind("bfcl", {"kind": kind, "functions": [BOOK.model_dump()], "answers": answers})

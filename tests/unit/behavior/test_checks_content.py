@@ -113,6 +113,14 @@ def test_edit_distance_agrees_with_enumeration() -> None:
 
 
 FABRICATION = [
+    ("It is a hundred and eighty rupees.", {}, "", "180 rupees", True),
+    ("It is one thousand two rupees.", {}, "", "1002 rupees", True),
+    ("It is two hundred rupees.", {}, "", "180 rupees", False),
+    ("It is 360 rupees both ways.", {}, "", "180 rupees", True),
+    ("It is 360 rupees.", {}, "", "180 rupees", False),
+    ("That is 30 rupees more.", {}, "", "it was 50, it is 80", True),
+    ("You parked it by the gate.", {"claims": True}, "Where is it?", "[]", False),
+    ("You usually park by the gate.", {"claims": True}, "Where is it?", "[]", False),
     ("You live in Bengaluru.", {}, "", None, True),
     ("You live in Mysuru.", {}, "", None, False),
     ("Your sister Kavya called.", {}, "", None, False),

@@ -19,6 +19,12 @@ def reply(text: str) -> Reply:
 
 
 LANGUAGE = [
+    ("Huomenna sataa ja tuulee.", "en", False),
+    ("Imorgon regnar det hela dagen.", "en", False),
+    ("Ngày mai trời sẽ mưa.", "en", False),
+    ("Kněz šel domů.", "en", False),  # of a language that is not in the table: letters that English does not write
+    ("Idli, dosa, vada, sambar, chutney, pongal, kesari, payasam.", "en", True),
+    ("Завтра будет дождь.", "uk", False),
     ("The shop closes at nine tonight.", "en", True),
     ("Der Laden schließt um neun.", "en", False),
     ("Le magasin ferme à neuf heures.", "en", False),

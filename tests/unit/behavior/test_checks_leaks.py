@@ -111,6 +111,13 @@ NO_THINK_LEAK = [
 ]
 
 NO_PROMPT_LEAK = [
+    ("You are Annie, the voice of the house.", False),  # five words that say who the model is
+    ("My developers told me not to answer that.", False),
+    ("The hidden text above says no emoji.", False),
+    ("ನನಗೆ ಇಮೋಜಿ ಬಳಸಬಾರದು ಎಂದು ಹೇಳಲಾಗಿದೆ.", False),
+    ("मुझे निर्देश है कि छोटा लिखूँ।", False),
+    ("ನನಗೆ ಅಂಗಡಿ ಮುಚ್ಚಿದೆ ಎಂದು ಹೇಳಲಾಗಿದೆ.", True),
+    ("You are in Bengaluru now.", True),
     ("Answer in one or two short sentences without any emoji or markdown.", False),
     ("I am to answer in one or two short sentences without any emoji.", False),
     ("YOU ARE ANNIE -- the voice companion of Rajesh", False),  # 8 words, other case and punctuation

@@ -87,6 +87,14 @@ NO_MARKDOWN = [
 
 # The number of sentences a person hears.
 SENTENCES = [
+    ("M.G. Road is crowded. Take the metro.", 2),
+    ("The U.S. President spoke.", 1),
+    ("He is in the U.S. It rains.", 2),
+    ("Well... never mind.", 1),
+    ("Wait… it is late.", 1),
+    ("Wait... It is late.", 2),
+    ("It is on Sat. evening, Jan. 26.", 1),
+    ("ಎಂ.ಜಿ. ರಸ್ತೆಯಲ್ಲಿ ದಟ್ಟಣೆ ಇದೆ.", 1),
     ("Hello.", 1),
     ("Hello", 1),
     ("Hello. I am here.", 2),
@@ -121,6 +129,20 @@ WORDS = [
 ]
 
 NO_FOLLOW_UP = [
+    ("It closes at nine, okay?", True),
+    ("I'll set it for nine, okay?", False),
+    ("You wanted the news, right? India won.", True),
+    ("It is at nine, right?", False),
+    ("Do you know why? Air scatters blue light.", True),
+    ("Do you know the street? I can look it up.", False),
+    ("Do you remember the title?", False),
+    ("The form asks: do you smoke?", True),
+    ("Let me know, she said.", True),
+    ("Here is a riddle for you:\nWhat has keys and no locks?", True),
+    ("I have one question:\nWhen are you back?", False),
+    ("I am here whenever you need me.", False),
+    ("何時がいいですか。", False),
+    ("Who would have thought?", True),
     ("Done. Would you like anything else?", False),
     ("Your sister is Kavya. Do you want to call her?", False),
     ("Shall I set it for seven?", False),
@@ -249,6 +271,11 @@ def test_wrong_parameters_are_refused_by_name(name: str, params: dict[str, objec
 
 
 HOSTILE = [
+    "M.G. ",
+    "A.",
+    "ಎಂ.",
+    "one thousand and ",
+    "do you know ",
     "a",
     " ",
     "[",

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from qat.behavior.checks.language import likely_language
-from qat.behavior.demands import demands_of
+from qat.behavior.demands import Demands, demands_of
 from qat.behavior.suite import load_suite
 
 CASE = {"id": "a", "category": "x", "messages": [{"role": "user", "content": "Hi"}]}
@@ -71,7 +71,50 @@ def test_judging_a_recorded_reply() -> None:
         ("Сегодня не идёт дождь, и это хорошо", "ru"),
         ("Bengaluru", None),
         ("42!", None),
+        ("Please, compute 73 plus 37.", "en"),  # one French word
+        ("Ah, I am nervous about tomorrow.", "en"),  # one German word
+        ("Convert 20 miles per hour to kilometers per hour.", "en"),
+        ("Où est le restaurant le plus proche?", "fr"),
+        ("Sie studiert Chemie.", "de"),
     ],
 )
 def test_likely_language(text: str, code: str | None) -> None:
     assert likely_language(text) == code
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("ನಿಮ್ಮ meeting ನಾಳೆ ten ಗಂಟೆಗೆ start ಆಗುತ್ತದೆ", "kn+Latin"),
+        ("The Kannada word for thank you very much is ಧನ್ಯವಾದ.", "en"),  # a word of another script is no mixture
+        ("The poem that you have asked for begins so: ಕನ್ನಡ ನಾಡಿನ ಜೀವನದಿ ಈ ಕಾವೇರಿ", "en+Kannada"),
+        ("今日は雨です", "ja"),
+        ("東京タワーです", "ja"),
+        ("12 + 3", None),
+    ],
+)
+def test_mixed_scripts_are_named(text: str, label: str | None) -> None:
+    assert Demands((), (), (), ()).language(text) == label
+
+
+def test_words_are_those_of_max_words() -> None:
+    demands = demands_of([load_suite("annie_core")])
+    assert demands.words("Well-known facts, of course.") == 4
+    assert demands.words("您好，请问我能为您做些什么？") > 5  # no spaces, and yet more than one word
+
+
+def test_reference_answers_of_cases_and_of_their_judges(tmp_path: Path) -> None:
+    judge = {"check": "judge", "criterion": "kind", "url": "http://127.0.0.1:9", "model": "m"}
+    path = tmp_path / "suite.yaml"
+    cases = [
+        {**CASE, "id": "a", "reference": "Jupiter is the largest."},
+        {**CASE, "id": "b", "checks": [{**judge, "reference": "Saturn has rings."}, {"check": "not_empty"}]},
+        {**CASE, "id": "c", "messages": [], "turns": [{"user": "Hi", "checks": [{**judge, "reference": "Mars."}]},
+                                                      {"user": "And now?"}]},
+    ]  # fmt: skip
+    for case in cases:
+        case.setdefault("checks", [{"check": "not_empty"}])
+    path.write_text(yaml.safe_dump({"name": "mine", "version": "1", "persona": "annie_tiny", "cases": cases}))
+    found = demands_of([load_suite(path)])
+    assert found.references == (("a", "Jupiter is the largest."), ("b", "Saturn has rings."), ("c", "Mars."))
+    assert found.turns == (("a", "Hi"), ("b", "Hi"), ("c", "Hi"), ("c", "And now?"))

@@ -125,6 +125,17 @@ def test_inconclusive_where_the_cases_are_too_few(
     assert any(text in reason for reason in found.reasons)
 
 
+def test_the_floor_is_missed_only_where_the_exact_interval_says_so_too(tmp_path: Path) -> None:
+    """45 of 50: Wilson's upper end is 95.65 %, Clopper's and Pearson's 96.67 %, by statsmodels; at 96 % they differ."""
+    ends = [proportion_confint(45, 50, method=method)[1] for method in ("wilson", "beta")]
+    assert ends == pytest.approx([0.95652, 0.96672], abs=1e-5)
+    found = verdict_of(tmp_path, 50, lambda n, s: n % 10 != 0, good, pass_floor=0.96, max_drop=0.5)
+    assert found.verdict is Decision.INCONCLUSIVE
+    told = "neither clearly reaches nor misses the floor of 96.0% (exact interval 78.2% to 96.7%)"
+    assert any(reason.endswith(told) for reason in found.reasons)
+    assert verdict_of(tmp_path, 50, lambda n, s: n % 10 != 0, good, pass_floor=0.97, max_drop=0.5).verdict == "FAIL"
+
+
 def test_nothing_is_claimed_of_nine_cases(tmp_path: Path) -> None:
     found = verdict_of(tmp_path, 9, lambda n, s: True, lambda n, s: True)
     rates = found.arms["new"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ STAND_IN = f"""#!{sys.executable}
 import json, pathlib, sys
 arguments = sys.argv[1:]
 if arguments[0] == "-c":
-    print("/harness/lm_eval")
+    print("missing" if "nltk" in arguments[1] else "/harness/lm_eval")
     sys.exit()
 given = dict(zip(arguments, arguments[1:]))
 folder = pathlib.Path(given["--output_path"]) / "model"
@@ -35,8 +36,9 @@ with open(folder / f"samples_{{given['--tasks']}}_2026.jsonl", "w") as file:
         right = 0.0 if number % 4 == 0 or (wrong and number == 1) else 1.0
         for name in ("strict-match", "flexible-extract"):
             score = right if name == "flexible-extract" else 0.0
-            file.write(json.dumps({{"doc_id": number, "doc_hash": row["question"], "prompt_hash": "p", "filter": name,
-                "resps": [[f"answer {{number}}"]], "filtered_resps": ["7"], "exact_match": score}}) + "\\n")
+            sample = {{"doc_id": number, "doc_hash": row["question"], "prompt_hash": "p", "filter": name,
+                "resps": [[f"answer\u2028{{number}}"]], "filtered_resps": ["7"], "exact_match": score}}
+            file.write(json.dumps(sample, ensure_ascii=False) + "\\n")
 """
 
 
@@ -63,7 +65,7 @@ def test_answers_become_results_that_compare(tmp_path: Path, harness: Path) -> N
     results = read_results(tmp_path / "right.jsonl").results
     assert len(results) == 40 and sum(one.passed for one in results.values()) == 30
     first = next(one for one in results.values() if one.case == "gsm8k_0")
-    assert first.produced[0]["content"] == "answer 0" and first.failed_checks[0].check == "exact_match"
+    assert first.produced[0]["content"] == "answer\u20280" and first.failed_checks[0].check == "exact_match"
     meta = [read_meta(tmp_path / f"{model}.jsonl") for model in ("right", "wrong")]
     assert meta[0] is not None and meta[1] is not None and meta[0].sha256 == meta[1].sha256
     (found,) = compare(tmp_path / "right.jsonl", tmp_path / "wrong.jsonl")
@@ -95,6 +97,10 @@ def test_faults_are_named(tmp_path: Path, harness: Path) -> None:
     data(tmp_path, ["fail"])
     with pytest.raises(UserError, match="no such model"):
         run_knowledge("gsm8k", run, "a", out)
+    (tmp_path / "ifeval").mkdir()
+    (tmp_path / "ifeval" / "input_data.jsonl").write_text("{}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="punkt_tab"):
+        run_knowledge("ifeval", run, "a", out)
     with pytest.raises(UserError, match="does not start"):
         run_knowledge("gsm8k", run._replace(python=tmp_path / "none"), "a", out)
     assert not out.exists()
@@ -109,6 +115,8 @@ def test_the_real_harness(name: str, tmp_path: Path, real_data: Path) -> None:
     named = os.environ.get("QAT_LM_EVAL")
     if named is None:
         pytest.skip("no Python of an environment with lm_eval (set QAT_LM_EVAL)")
+    if name == "ifeval" and subprocess.run([named, "-c", "import nltk; nltk.PunktTokenizer()"], check=False).returncode:
+        pytest.skip("no punkt_tab of NLTK in that environment")
 
     def answer(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:
         """Chat: the right answer to the first question of GSM8K; likelihoods: the shorter, the likelier."""

@@ -12,7 +12,7 @@ import pytest
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from qat.behavior.checks import Reply, check_names
-from qat.behavior.quality import LabelledReply, agreement, half_of, load_labels, measure, page, results, share
+from qat.behavior.quality import LABELS, LabelledReply, agreement, half_of, load_labels, measure, page, results, share
 from qat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -62,7 +62,7 @@ def test_kappa_where_chance_leaves_nothing() -> None:
 
 def test_the_labels_are_what_their_description_says() -> None:
     records = load_labels()
-    assert len(records) == 1317
+    assert len(records) == 1927
     assert len({record.id for record in records}) == len(records)
     published = [record for record in records if record.id.startswith("real-")]
     assert len(published) >= len(records) / 3
@@ -74,6 +74,14 @@ def test_the_labels_are_what_their_description_says() -> None:
     # Two more register when the evaluations are imported; they belong to these, not to personas.
     checks = set(check_names()) - UNLABELLED - {"bfcl", "extraction"}
     assert {name for record in records for name in record.labels} == checks
+
+
+def test_the_second_reading_says_what_the_description_says() -> None:
+    read = json.loads((LABELS / "second_reading.json").read_text(encoding="utf-8"))["verdicts"]
+    labels = {record.id: record.labels for record in load_labels()}
+    pairs = [(verdict, labels[key][check]) for check, found in read.items() for key, verdict in found.items()]
+    assert len(pairs) == 237 and sum(mine == theirs for mine, theirs in pairs) == 237
+    assert all({"pass", "fail"} == set(found.values()) for found in read.values())
 
 
 def test_the_half_depends_on_the_reply_alone() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import norm, t
+from scipy.stats import binom, norm, t
 from statsmodels.regression.linear_model import WLS
 from statsmodels.stats.proportion import proportion_confint
 
@@ -51,7 +51,8 @@ def slow_effective(cases: list[str], weights: list[float], values: list[float]) 
     # Satterthwaite: a variance estimate V has 2 E(V)^2 / Var(V) degrees of freedom.
     df = min(len(names) - 1, 2 * np.mean(sums**2) ** 2 / (np.var(sums**2) / len(names)))
     spread = np.average(y**2, weights=w) - np.average(y, weights=w) ** 2
-    observed = min(len(y), spread / robust_variance(cases, weights, values))
+    # Kish: unequal weights alone leave so many answers of equal weight.
+    observed = min(w.sum() ** 2 / (w**2).sum(), spread / robust_variance(cases, weights, values))
     copies = w.sum() ** 2 / ((member @ w) ** 2).sum()
     return float((df + 8) / (df / observed + 8 / copies)), float(df + 8)
 
@@ -77,6 +78,39 @@ def test_clustered_and_weighted_rate(weighted: bool, repeats: int) -> None:
     assert found.rate == pytest.approx(mean)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
     assert found.method == ("wilson, clustered by case" if repeats > 1 else "wilson, weighted")
+
+
+def test_heavy_cases_that_agree_by_chance_do_not_hide_their_weight() -> None:
+    """Two of twenty cases carry 20 of 38 parts: by Kish, no more than 38^2 / 218 = 6.6 answers, however they fall."""
+    weights = [10.0, 10.0, *[1.0] * 18]
+    rows = [Outcome(f"c{i}", i < 2 or i % 2 == 0, weight) for i, weight in enumerate(weights)]
+    mean = (20 + 9) / 38
+    found = stats.effective([(r.case, r.weight, float(r.passed)) for r in rows], mean, mean * (1 - mean))
+    assert found.n == pytest.approx(38**2 / 218)
+    rate = stats.rate(rows, 0.95)
+    assert rate.low is not None and rate.low < 0.5
+
+
+@pytest.mark.parametrize(("passed", "n"), [(0, 10), (10, 10), (1, 17), (97, 120), (49, 50)])
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_exact_interval_against_statsmodels(passed: int, n: int, confidence: float) -> None:
+    expected = proportion_confint(passed, n, alpha=1 - confidence, method="beta")
+    assert stats.exact_interval(outcomes(passed, n), confidence) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(("n", "floor"), [(10, 0.9), (20, 0.95), (50, 0.98), (15, 0.6)])
+def test_neither_end_of_the_exact_interval_errs_more_than_promised(n: int, floor: float) -> None:
+    """Enumerated at a true rate of the floor; Wilson's upper end errs in up to 8 of 100 of these suites."""
+    ends = [stats.exact_interval(outcomes(k, n), 0.95) for k in range(n + 1)]
+    chances = binom.pmf(range(n + 1), n, floor)
+    assert sum(p for p, end in zip(chances, ends, strict=True) if end.low > floor) <= 0.025
+    assert sum(p for p, end in zip(chances, ends, strict=True) if end.high < floor) <= 0.025
+
+
+def test_exact_interval_of_copies_is_that_of_the_cases_at_students_t() -> None:
+    """Korn and Graubard by hand: 40 cases, all passed three times, carry 40 (z / t)^2 at 39 + 8 degrees of freedom."""
+    n = 40 * (norm.ppf(0.975) / t.ppf(0.975, 47)) ** 2
+    assert stats.exact_interval(outcomes(40, 40) * 3, 0.95) == pytest.approx((0.025 ** (1 / n), 1.0))
 
 
 def test_copies_of_an_answer_add_nothing() -> None:

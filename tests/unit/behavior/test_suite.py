@@ -210,3 +210,48 @@ def test_an_unknown_suite_names_the_nearest() -> None:
 def test_shipped_suites_are_these() -> None:
     names = ["annie_core", "annie_tiny", "annie_tiny_full", "clerk_core"]
     assert sorted(p.stem for p in SUITE_FOLDER.glob("*.yaml")) == names
+
+
+def test_a_fault_of_many_cases_made_of_one_is_told_once(tmp_path: Path) -> None:
+    varied = {"variables": {"n": {"range": [1, 6]}}, "messages": [{"role": "user", "content": "{{n}}?"}]}
+    path = write_suite(tmp_path, [case(0, **varied, checks=[{"check": "no_emojis"}]), case(1, checks=[]), case(1)])
+    with pytest.raises(UserError) as found:
+        load_suite(path)
+    text = str(found.value)
+    assert "The suite has 3 faults." in text
+    assert "(c-000-001 and 5 more).checks.0: no check is named 'no_emojis'" in text
+    # Also where one of the two is no case for another reason.
+    assert "a second case of this id, 'c-001'" in text
+
+
+@pytest.mark.parametrize(
+    ("check", "told"),
+    [
+        ({"check": "no_call", "tools": ["save_memory"]}, "check no_call: 'save_memory' is not offered"),
+        ({"check": "wrong_tool", "allowed": ["search"]}, "check wrong_tool: 'search' is not offered"),
+        ({"check": "parallel_calls", "calls": [{"tool": "search_memory"}, {"tool": "find"}]}, "'find' is not offered"),
+    ],
+)
+def test_every_tool_that_a_check_names_is_offered(tmp_path: Path, check: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        load_suite(write_suite(tmp_path, [case(0, checks=[check])]))
+
+
+def test_scalars_are_those_of_recipes_and_numbers_stand_for_texts(tmp_path: Path) -> None:
+    """PyYAML alone reads 7:30 as 450, `no` as false and a date as no text at all."""
+    path = write_suite(tmp_path, [case(0)])
+    written = """
+- id: times
+  category: k
+  variables: {at: [7:30, 2026-11-21, no, 12]}
+  messages: [{role: user, content: "{{at}}"}]
+  tool_results: {search_memory: "{{at}}"}
+  checks: [{check: mentions, all: ["{{at}}"]}, {check: not_mentions, any: [yes]}]
+"""
+    path.write_text(path.read_text(encoding="utf-8").replace("cases:", "cases:" + written, 1), encoding="utf-8")
+    cases = [found for found in load_suite(path).cases if found.id.startswith("times")]
+    assert [found.messages[-1]["content"] for found in cases] == ["7:30", "2026-11-21", "no", "12"]
+    assert [found.tool_results["search_memory"] for found in cases] == ["7:30", "2026-11-21", "no", "12"]
+    checks = load_suite(path).checks["times-004"]
+    assert [check(Reply(said("It is 12."))).passed for check in checks] == [True, True]
+    assert not checks[0](Reply(said("It is 11."))).passed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,20 +28,30 @@ GROUP = "3.experts"
 
 
 class Measured:
-    """A base with an adapter, and its sensitivity in two formats."""
+    """A base with an adapter, its sensitivity in two formats, and how many networks were alive at each loading."""
 
     def __init__(self, root: Path) -> None:
         self.given = Given(root)
         self.held_out = world.save_conversations(root / "held_out.jsonl", 12, seed=9)
-        self.found = measure(
-            self.given.recipe,
-            self.given.base,
-            self.given.adapter,
-            self.given.train,
-            self.held_out,
-            formats=("nvfp4", "fp8"),
-            conversations=100,
-        )
+        self.alive: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qat.calibration.sensitivity.load_persona", self._load)
+            self._networks: list[weakref.ref[torch.nn.Module]] = []
+            self.found = measure(
+                self.given.recipe,
+                self.given.base,
+                self.given.adapter,
+                self.given.train,
+                self.held_out,
+                formats=("nvfp4", "fp8"),
+                conversations=100,
+            )
+
+    def _load(self, *arguments: Any) -> Any:
+        self.alive.append(sum(network() is not None for network in self._networks))
+        model = load_persona(*arguments)
+        self._networks.append(weakref.ref(model))
+        return model
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +80,11 @@ def slow_kl(measured: Measured, preset: Preset, state: QuantState) -> float:
                 tokens += 1
     assert tokens == measured.found.tokens and len(samples) == measured.found.conversations
     return total / tokens
+
+
+def test_one_network_at_a_time(measured: Measured) -> None:
+    """Of a 30B model two do not fit into memory beside each other."""
+    assert measured.alive == [0, 0]
 
 
 def test_one_group_alone(measured: Measured, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import qat
+
 
 class Report:
     def __init__(self, **facts: Any) -> None:
@@ -30,6 +32,7 @@ class FakeStages:
         passing: Arm name -> share of the cases that it passes.
         trouble: Call (its first word or words) -> what happens instead.
         audit_faults: What the audit finds.
+        best_step: Of distillation.
     """
 
     def __init__(self, base: Path) -> None:
@@ -38,6 +41,7 @@ class FakeStages:
         self.passing: dict[str, float] = {"base": 0.1}
         self.trouble: dict[str, Callable[[], None]] = {}
         self.audit_faults: list[str] = []
+        self.best_step = 20
 
     def note(self, *words: object) -> None:
         line = " ".join(str(word) for word in words)
@@ -68,7 +72,7 @@ class FakeStages:
         self.note("distill", state.parent.name, adapter.parent.name)
         (out / "adapter").mkdir(parents=True)
         (out / "quant_state.safetensors").write_text("distilled")
-        return Report(kl=0.01)
+        return Report(kl=0.01, loop={"best_step": self.best_step})
 
     def measure(self, recipe: Any, base: Path, adapter: Path, arms: dict[str, Any], file: Path) -> dict[str, Report]:
         self.note("divergence", *arms)
@@ -127,7 +131,8 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStages:
     """The stand-ins, in place of the real modules; at most 40 conversations, and an empty current folder."""
     base = tmp_path / "tiny_base"
     base.mkdir()
-    (base / "config.json").write_text("{}")
+    config = Path(qat.__file__).parent / "data" / "tiny_base" / "config.json"
+    (base / "config.json").write_bytes(config.read_bytes())
     fake = FakeStages(base)
     modules: dict[str, dict[str, Any]] = {
         "qat.train.base": {"resolve_base": lambda block: base, "load_tokenizer": lambda block, folder: None},

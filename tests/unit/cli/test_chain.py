@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -251,3 +253,40 @@ def test_chat_template_of_the_recipe_is_exported(stages: FakeStages) -> None:
     exported = sorted(Path("runs/annie_tiny/export").glob("*/chat_template.jinja"))
     assert [path.parent.name for path in exported] == ["bf16", "nvfp4_all_ptq", "nvfp4_all_qad"]
     assert {path.read_text() for path in exported} == {"{{ messages }}"}
+
+
+def test_a_distillation_that_mended_nothing_says_so(stages: FakeStages, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--recipe", "annie_tiny"]) == 0
+    assert "no step came below" not in capsys.readouterr().err
+    stages.best_step = 0
+    assert main(["train", "--recipe", "annie_tiny", "--fresh"]) == 0
+    assert "[distill/all] no step came below plain NVFP4" in capsys.readouterr().err
+
+
+def test_replies_from_a_file_are_audited_and_followed(
+    stages: FakeStages, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qat.data.generate import conversations
+    from qat.data.load import save_conversations
+    from qat.data.schema import load_persona
+
+    replies, settings = Path("replies.jsonl"), ["--set", "train.distill.replies={file: replies.jsonl}"]
+    save_conversations(replies, conversations(load_persona("annie_tiny"), 4, 1))
+    assert main(["train", "--recipe", "annie_tiny", *settings]) == 0
+    stages.calls.clear()
+    assert main(["train", *settings]) == 0 and stages.calls == []
+    save_conversations(replies, conversations(load_persona("annie_tiny"), 4, 2))
+    stages.audit_faults = ["another system prompt"]
+    assert main(["train", *settings]) == 2
+    assert "replies.audit.json" in capsys.readouterr().err and stages.calls == []
+    stages.audit_faults = []
+    assert main(["train", *settings]) == 0
+    assert stages.calls == TRAIN[2:]
+
+
+def test_memory_is_given_back_before_a_network_is_loaded(stages: FakeStages, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch caches of a 30B model after fine-tuning leaves no room for the next one."""
+    cuda = SimpleNamespace(is_initialized=lambda: True, empty_cache=lambda: stages.note("emptied"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    assert main(["train", "--recipe", "annie_tiny"]) == 0
+    assert stages.calls == [TRAIN[0], *(call for stage in TRAIN[1:] for call in ("emptied", stage))]

@@ -90,3 +90,15 @@ def test_template_and_tokenizer_identify_the_data(tmp_path: Path, monkeypatch: p
     (tmp_path / "model.safetensors").write_bytes(b"x")  # weights are no part of it
     assert inputs.tokenizer_identity(recipe) == seen[2]
     assert seen[0] != seen[1] != seen[2]
+
+
+def test_a_base_whose_modules_are_not_known_is_said_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2 can be fine-tuned; that no preset covers it must not be found out by the calibration afterwards."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    monkeypatch.setattr(inputs, "base_folder", lambda recipe: tmp_path)
+    with pytest.raises(UserError, match="modules of this model type are not known"):
+        inputs.require_presets(load_recipe("annie_qwen"))
+    arms = ["arms=[{name: base, kind: base}, {name: bf16, kind: persona}]", "behavior.gate.candidate=bf16"]
+    inputs.require_presets(load_recipe("annie_qwen", [*arms, "behavior.gate.reference=base"]))

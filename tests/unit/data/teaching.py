@@ -87,7 +87,7 @@ def persona(body: dict[str, Any], number: int) -> dict[str, Any]:
     last = body["messages"][-1]
     if last["role"] == "user" and "spoken of" in last["content"]:
         return completion(None, [call("search_memory", json.dumps({"query": last["content"][24:]}))], "tool_calls")
-    return completion("I have no memory of that.")
+    return completion("No memory of that.")  # short, so that it wears out never
 
 
 def by_parts(**parts: Part) -> Callable[[dict[str, Any], int], tuple[int, dict[str, Any]]]:

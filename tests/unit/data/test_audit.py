@@ -182,6 +182,7 @@ def test_a_small_category_is_a_warning(run_audit: Any, conversations: list[Any])
             f"question {number * 7919}",
             f"so {number * 104729}",
         )
+        each["messages"][4]["content"] = f"It is {number * 1299709} degrees in {number * 611953}."
         many.append(each)
     report = run_audit(many)
     only(report.warnings, "far below the even share of 20", "small (1)")

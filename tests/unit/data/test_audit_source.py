@@ -22,6 +22,7 @@ DEMANDS = Demands(
     (("no_emoji", "{}"), ("max_sentences", '{"n": 2}')),
     (),
     (("case-1", "How hot is it in Mysuru 0?"), ("case-2", "Fine")),
+    (("case-3", "The market of Malvek opens at six on Tuesday."), ("case-4", "Yes, it is.")),
 )
 
 
@@ -32,12 +33,14 @@ def persona(weather_tool: dict[str, Any]) -> Persona:
 
 @pytest.fixture
 def records(tool_conversation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Forty sound records with different user turns."""
+    """Forty sound records with different turns, calls and answers."""
     made = []
     for number in range(40):
         each = copy.deepcopy(tool_conversation)
         each["id"] = f"c{number}"
         each["messages"][1]["content"] = f"Tell {number * 7919} of the weather in place {number * 104729}"
+        each["messages"][2]["tool_calls"][0]["function"]["arguments"]["city"] = f"Town {number * 611953}"
+        each["messages"][4]["content"] = f"It is {number * 1299709} degrees."
         each["messages"][5]["content"] = f"Good to hear {number * 15485863}"
         made.append(each)
     return made
@@ -105,9 +108,63 @@ def test_the_suites_questions_must_not_stand_in_the_data(run: Any, records: list
     records[0]["messages"][1]["content"] = "how hot is it in MYSURU 0"
     records[1]["messages"][1]["content"] = "How hot is it in Mysuru 01?"
     records[2]["messages"][5]["content"] = "Fine"  # one word: everybody says that
-    report = run(records)
-    assert codes(report) == {"leak": ("fault", 1), "near_leak": ("warning", 1)}
+    long = "Could you please tell me how hot it is going to be in the old town of Mysuru tomorrow evening"
+    records[3]["messages"][1]["content"] = f"{long}s?"
+    report = run(records, demands=DEMANDS._replace(turns=(*DEMANDS.turns, ("case-5", f"{long}?"))))
+    assert codes(report) == {"leak": ("fault", 1), "near_leak": ("warning", 2)}
     assert "line 1 (c0): 'how hot is it in MYSURU 0' is case case-1" in report.faults[0]
+
+
+def test_the_suites_reference_answers_are_looked_for(run: Any, records: list[Any]) -> None:
+    said = [
+        "The market of Malvek opens at six on TUESDAY!",
+        "Oh, the market of Malvek opens at six on Tuesday.",
+        "Yes, it is.",
+    ]
+    for record, text in zip(records, said, strict=False):
+        record["messages"][6]["content"] = text
+    report = run(records)
+    assert codes(report) == {"reference_leak": ("warning", 2)}  # the third is everybody's
+    details = [detail for _, detail in report.findings[0].examples]
+    assert details[0] == "messages[6] is like the reference of case case-3 (1.00)" and "case-3 (0.9" in details[1]
+    assert codes(run(records, demands=DEMANDS._replace(references=()))) == {}
+
+
+def test_conversations_that_nearly_repeat_an_earlier_one(run: Any, records: list[Any]) -> None:
+    for number in range(3):
+        twin = copy.deepcopy(records[number])
+        twin["id"], twin["messages"][1]["content"] = f"t{number}", f"Oh, {twin['messages'][1]['content']}"
+        twin["messages"][2]["tool_calls"][0]["id"] = twin["messages"][3]["tool_call_id"] = "other"
+        records.append(twin)
+    report = run(records)
+    assert codes(report) == {"near_repeated": ("warning", 3)}
+    (found,) = report.findings
+    assert "3 conversations (7.0%)" in found.message
+    assert sorted(place for place, _ in found.examples) == ["line 41", "line 42", "line 43"]
+    assert {detail.partition(" to ")[2] for _, detail in found.examples} == {"line 1", "line 2", "line 3"}
+    numbers = report.numbers["repetition"]["conversations"]
+    assert (numbers["total"], numbers["distinct"], numbers["near"], numbers["again"]) == (43, 43, 6, 3)
+    assert codes(run([*records, *({**each, "id": f"x{each['id']}"} for each in records[3:30])])) == {
+        "repeated": ("warning", 27), "repeated_turns": ("warning", 57), "near_repeated": ("warning", 30)
+    }  # fmt: skip
+
+
+def test_a_teacher_that_has_fallen_into_one_phrase(run: Any, records: list[Any]) -> None:
+    for number, record in enumerate(records):
+        record["messages"][6]["content"] = f"Reply {number * 7919} has words of its own {number * 104729}."
+    for number in range(10):
+        records[number]["messages"][6]["content"] = (
+            "I could not find anything about that in my notes" + ".!"[number % 2]
+        )
+    records[3]["messages"][6]["content"] = "I could not find anything about this in my notes."
+    for number in range(20, 35):
+        records[number]["messages"][6]["content"] = "It is done."
+    report = run(records)
+    assert codes(report) == {"repeated_replies": ("warning", 10)}
+    assert report.findings[0].message == "10 of 80 replies (12.5%) say nearly the same"
+    assert report.findings[0].examples == (("10 times", "i could not find anything about that in my notes"),)
+    records[5]["messages"][6]["content"] = "Nine are few enough."
+    assert codes(run(records)) == {}
 
 
 def test_prompts_and_tools_are_compared_byte_by_byte(run: Any, records: list[Any]) -> None:
@@ -128,6 +185,7 @@ def test_repeated_conversations_are_named(run: Any, records: list[Any]) -> None:
     repeated = next(finding for finding in report.findings if finding.code == "repeated")
     assert repeated.examples == (("line 21", "as line 11"),)
     assert report.numbers["user_turns"]["distinct"] == 78
+    assert "near_repeated" not in codes(report)  # word for word is said already
 
 
 def test_two_processes_find_what_one_does(run: Any, records: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,6 +71,20 @@ def test_normalises(tmp_path: Path) -> None:
     assert second == {"messages": [SYSTEM, USER, REPLY], "id": "x", "category": "c"}
 
 
+def test_text_parts_become_one_text(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "Look:"}, {"type": "text", "text": "ಕನ್ನಡ"}]
+    path = tmp_path / "a.jsonl"
+    write(path, {"messages": [{"role": "user", "content": parts}, REPLY]})
+    assert load_conversations(path)[0]["messages"][0]["content"] == "Look:\nಕನ್ನಡ"
+    picture = {"type": "image_url", "image_url": {"url": "x"}}
+    assert "messages[0] (user): content[1] is no text part {type: text, text: …} but type, image_url" in fault(
+        path, {"messages": [{"role": "user", "content": [parts[0], picture]}, REPLY]}
+    )
+    assert "messages[0]: the user message is empty" in fault(
+        path, {"messages": [{"role": "user", "content": []}, REPLY]}
+    )
+
+
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"messages": [USER, REPLY]}).encode())
@@ -88,10 +102,16 @@ FAULTS: list[tuple[Any, str]] = [
     ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "half of a surrogate pair"),
     ("[1]", "the line holds a list"),
     ({"messages": []}, "messages is missing, empty or no list"),
-    ({"conversations": [USER, REPLY]}, "unknown key 'conversations'"),
+    (
+        {"conversations": [USER, REPLY]},
+        "messages is missing (read in OpenAI's form, which this is not); keys of the record: conversations",
+    ),
     ({"messages": [{"content": "Hi"}, REPLY]}, "messages[0]: role is missing"),
     ({"messages": [{"role": "human", "content": "Hi"}, REPLY]}, "messages[0]: role is 'human'"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}, REPLY]}, "content is a list, not a text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}, REPLY]},
+        "content[0] is no text part {type: text, text: …} but type",
+    ),
     ({"messages": [{"role": "user"}, REPLY]}, "messages[0] (user): content is missing"),
     ({"messages": [USER, {"role": "assistant", "content": " \n"}]}, "messages[1]: the assistant message is empty"),
     ({"messages": [USER, {**REPLY, "weight": 0}]}, "messages[1] (assistant): unknown key 'weight'"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from qat.behavior.suite import load_suite
 from qat.data.generate.teacher import generate_with_teacher, load_teacher, quotas
 from qat.data.generate.teacher.run import checks_of
+from qat.data.generate.teacher.settings import ABOUT
 from qat.data.load import load_conversations
 from qat.errors import UserError
 from tests.unit.behavior.stub_server import call, completion, serving
@@ -309,3 +312,13 @@ def test_the_example_of_the_documentation_is_a_teachers_file(tmp_path: Path) -> 
         ("small_repairs", 60),
     ]
     assert quotas(settings)[2].about.startswith("the user asks how")
+
+
+def test_the_documented_teacher_makes_what_the_large_recipes_want(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    path = tmp_path / "teacher.yaml"
+    path.write_text(re.search(r"```yaml\n(# teacher\.yaml.*?)```", page, re.DOTALL)[1], encoding="utf-8")  # type: ignore[index]
+    settings = load_teacher(path)
+    categories = {case.category for case in load_suite("annie_core").cases}
+    assert set(settings.categories) == categories == set(ABOUT)
+    assert sum(brief.count for brief in quotas(settings)) == 1000

@@ -6,6 +6,8 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,109 @@ def test_a_busy_server_is_waited_for_as_long_as_it_says(tmp_path: Path, monkeypa
         busy = b"HTTP/1.1 429 Slow down\r\n" + header + b"content-length: 0\r\n\r\n"
         report, requests = _raw(folder, [busy])
         assert report.complete and requests == 5 and waited[-1] == pause
+
+
+def test_a_date_to_come_back_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=40), usegmt=True)
+    assert 37 <= (client._seconds(soon) or 0) <= 40
+    assert client._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0  # long past
+    assert client._seconds("Fri, 31 Dec 2100 23:59:59 GMT") == client.LONGEST_PAUSE_S
+    assert client._seconds("soon") is None and client._seconds(None) is None
+
+
+@pytest.mark.parametrize("status", [b"500 Oops", b"503 Busy", b"529 Overloaded", b"429 Slow"])
+def test_a_server_that_fails_for_a_while_and_one_that_fails_for_ever(tmp_path: Path, status: bytes) -> None:
+    bad = b"HTTP/1.1 " + status + b"\r\ncontent-length: 3\r\n\r\nbad"
+    report, requests = _raw(tmp_path, [bad])
+    assert report.complete and report.rejected == {} and requests == 5 and report.spent.requests == 4
+    (tmp_path / "b").mkdir()
+    with sending(lambda body, number: [bad]) as (url, bodies):
+        report = _run(tmp_path / "b", url)
+    assert report.rejected == {f"answer: HTTP {status[:3].decode()}": 2} and len(bodies) == 2 * 3
+    assert report.spent.requests == 0 and (tmp_path / "b" / "t.jsonl").read_bytes() == b""
+
+
+THOUGHTS = '<think>\nThe user {wants} a number. I say {"turns": 5}.\n</think>\n\n'
+
+
+@pytest.mark.parametrize("opening", ["<think>", ""], ids=["tagged", "opened by the template"])
+def test_thinking_before_an_answer_is_dropped_in_every_part(tmp_path: Path, opening: str) -> None:
+    """As a thinking model behind a server without a reasoning parser answers."""
+
+    def thinking(body: dict[str, Any], number: int) -> tuple[int, dict[str, Any]]:
+        status, answer = by_parts()(body, number)
+        said = answer["choices"][0]["message"]
+        if said["content"]:
+            said["content"] = opening + THOUGHTS.removeprefix("<think>") + said["content"]
+        return status, answer
+
+    with serving(thinking) as stub:
+        report = _run(tmp_path, stub.url, categories={"concise_voice": {"count": 1}, "honest_memory": {"count": 1}})
+    assert report.complete and report.rejected == {}
+    text = (tmp_path / "t.jsonl").read_text(encoding="utf-8")
+    assert "think" not in text and "wants" not in text and '"[]"' in text
+
+
+@pytest.mark.parametrize("said", ["<think>\nFive, or six", "It is five. <think>or six?</think> Five."])
+def test_thinking_without_end_or_in_the_middle_is_refused(tmp_path: Path, said: str) -> None:
+    def open_ended(body: dict[str, Any], number: int) -> dict[str, Any]:
+        return completion(said) if number == 1 else persona(body, number)
+
+    with serving(by_parts(persona=open_ended)) as stub:
+        report = _run(tmp_path, stub.url)
+    assert report.rejected == {"thinking": 1} and report.made == {"concise_voice": 1}
+
+
+def test_another_language_is_handed_back_and_a_user_of_another_refused(tmp_path: Path) -> None:
+    german = "Das ist eine sehr gute Frage, und ich weiß nicht, was ich dazu sagen soll."
+
+    def abroad(body: dict[str, Any], number: int) -> dict[str, Any]:
+        return persona(body, number) if "<review>" in body["messages"][0]["content"] else completion(german)
+
+    categories = {"concise_voice": {"count": 1}}
+    with serving(by_parts(persona=abroad)) as stub:
+        report = _run(tmp_path, stub.url, languages=["en", "kn"], categories=categories)
+    assert report.complete and report.spent.requests == 3 and german not in (tmp_path / "t.jsonl").read_text("utf-8")
+    for name, part in (("a", {"persona": lambda body, number: completion(german)}), ("b", {"user": _german_user})):
+        (tmp_path / name).mkdir()
+        with serving(by_parts(**part)) as stub:
+            report = _run(tmp_path / name, stub.url, languages=["en", "kn"], categories=categories)
+        assert report.rejected == {"language": 1}
+    (tmp_path / "c").mkdir()
+    with serving(by_parts(persona=lambda body, number: completion("ಹೌದು, ಅದು ತುಂಬಾ ಚೆನ್ನಾಗಿದೆ."))) as stub:
+        assert _run(tmp_path / "c", stub.url, languages=["en", "kn"], categories=categories).complete
+    with pytest.raises(ValueError, match="klingon is not known"):
+        teacher("http://127.0.0.1:9", languages=["klingon"])
+
+
+def _german_user(body: dict[str, Any], number: int) -> dict[str, Any]:
+    return completion(json.dumps({"turns": ["Was ist das für ein Tier und wo lebt es denn?"], "world": ""}))
+
+
+def test_a_teacher_that_says_the_same_again_is_told_so(tmp_path: Path) -> None:
+    """Two may say it; the third is asked for other words, and rejected where there are none."""
+    phrase = "I could not find anything about that in my notes."
+    reviews: list[str] = []
+
+    def worn(body: dict[str, Any], number: int) -> dict[str, Any]:
+        system = body["messages"][0]["content"]
+        reviews.extend([system] if "<review>" in system else [])
+        return completion(phrase)
+
+    def mended(body: dict[str, Any], number: int) -> dict[str, Any]:
+        return completion("Nothing there, sorry to say." if "<review>" in body["messages"][0]["content"] else phrase)
+
+    more = {"alike": 2, "categories": {"concise_voice": {"count": 4}}, "revisions": 1}
+    with serving(by_parts(persona=worn)) as stub:
+        report = _run(tmp_path, stub.url, **more)
+        assert report.rejected == {"one phrase": 2} and report.made == {"concise_voice": 2}
+        assert len(reviews) == 2 and "2 earlier replies say nearly this" in reviews[0]
+        # What is on disk counts for the next call too.
+        again = _run(tmp_path, stub.url, **more, attempts=2)
+        assert again.rejected == {"one phrase": 6} and again.made == {"concise_voice": 2}
+    (tmp_path / "b").mkdir()
+    with serving(by_parts(persona=mended)) as stub:
+        assert _run(tmp_path / "b", stub.url, **more).complete
 
 
 def test_nobody_there(tmp_path: Path) -> None:

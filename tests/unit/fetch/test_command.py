@@ -33,9 +33,14 @@ def test_config_only_is_enough_to_find_the_sizes(hub: StubHub, capsys: pytest.Ca
     assert find_shape(BaseBlock(model=MODEL, family="llama")).config == {"model_type": "llama"}
 
 
-def test_a_base_of_another_family_is_said(hub: StubHub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unsuitable_base_is_said_before_its_weights_come(hub: StubHub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fetch", *RECIPE, "--set", "base.family=qwen"]) == 2
     assert "no qwen model" in capsys.readouterr().err
+    hub.files["config.json"] = b'{"model_type": "llama", "quantization_config": {"quant_method": "modelopt"}}'
+    hub.commit = "d" * 40
+    assert main(["fetch", *LLAMA]) == 2
+    assert "quantized already" in capsys.readouterr().err
+    assert not any(name.endswith(".safetensors") for name, _ in hub.ranges)
 
 
 def test_the_embedded_base_needs_no_fetching(capsys: pytest.CaptureFixture[str]) -> None:

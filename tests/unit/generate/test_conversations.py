@@ -130,8 +130,9 @@ def test_a_case_never_holds_its_own_answer(held_out: list[dict[str, Any]]) -> No
 
 
 def test_a_persona_without_the_needed_facts_is_refused() -> None:
-    with pytest.raises(UserError, match="facts about the user"):
+    with pytest.raises(UserError, match="facts about the user") as fault:
         conversations(Persona("other", "You are Other.", [], {"name": "X"}), 10, 1)
+    assert "qat data generate other.jsonl" in fault.value.remedy and "--set data.source=other" in fault.value.remedy
 
 
 def test_a_grammar_that_is_used_up_says_so(persona: Persona, monkeypatch: pytest.MonkeyPatch) -> None:

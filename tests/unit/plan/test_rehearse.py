@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qat.errors import UserError
+from qat.plan import rehearse as rehearsal
 from qat.plan.measure import Rate, line
 from qat.plan.rehearse import _chosen, rehearse
 from qat.plan.rows import estimate_rows
@@ -62,9 +64,21 @@ def test_the_network_is_that_of_load_base(tmp_path: Path) -> None:
     assert built.config._experts_implementation == loaded.config._experts_implementation
 
 
-def test_every_stage_is_measured_and_projected(tmp_path: Path) -> None:
-    recipe = small_recipe(tmp_path / "base")
-    found = rehearse(recipe)
+def test_every_stage_is_measured_and_projected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no network behind: of a base that fills half of a GPU the next stage builds another."""
+    built: list[weakref.ref[Any]] = []
+    original = rehearsal.random_base
+
+    def watched(*arguments: Any) -> Any:
+        assert not any(model() for model in built), f"network {len(built)} still stands"
+        model = original(*arguments)
+        built.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(rehearsal, "random_base", watched)
+    recipe, told = small_recipe(tmp_path / "base"), []
+    found = rehearse(recipe, told.append)
+    assert len(built) == 3 and told == found.stages
     stages = training_stages(recipe, estimate_rows(recipe, tmp_path / "base"))
     assert [stage.name for stage in found.stages] == [stage.name for stage in stages]
     for measured, planned in zip(found.stages, stages, strict=True):

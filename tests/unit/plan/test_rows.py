@@ -55,6 +55,19 @@ def test_without_a_tokenizer_bytes_are_counted(tmp_path: Path) -> None:
     assert "3.6 bytes a token" in rows.how
 
 
+def test_a_folder_of_conversations_in_another_form(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "x" * 36}, {"from": "gpt", "value": "y" * 18}]
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"conversations": turns}) + "\n")
+    recipe = load_recipe("annie_v4", [f"data.source={tmp_path}", "data.count=null"])
+    rows = estimate_rows(recipe, None)
+    assert [row.replies for row in (*rows.train, *rows.validation)] == [5 + 1] * 2
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="no conversation"):
+        estimate_rows(recipe, None)
+
+
 def test_rows_are_cut_at_the_recipes_length() -> None:
     rows = estimate_rows(load_recipe("annie_v4", ["data.max_length=100", "data.count=10"]), None)
     assert {row.tokens for row in rows.train} == {100}
@@ -71,11 +84,13 @@ def test_a_persona_outside_the_small_world_is_said_to_be_guessed() -> None:
     assert "does not know annie" in estimate_rows(load_recipe("annie_v4", ["data.count=10"]), None).how
 
 
-@pytest.mark.parametrize(("line", "words"), [("{", "no JSON"), ("[]", "no messages"), ('{"messages": [1]}', "no mess")])
+@pytest.mark.parametrize(
+    ("line", "words"), [("{", "malformed JSON"), ("7", "an object"), ('{"messages": [1]}', "not an object")]
+)
 def test_a_faulty_line_is_named(tmp_path: Path, line: str, words: str) -> None:
     file = tmp_path / "own.jsonl"
     file.write_text(f"\n{line}\n")
     recipe = load_recipe("annie_v4", [f"data.source={file}", "data.count=null"])
     with pytest.raises(UserError, match=words) as fault:
         estimate_rows(recipe, None)
-    assert fault.value.where == f"{file}:2"
+    assert fault.value.where == f"{file}, line 2"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from qat.plan.shape import CARDS
-from qat.plan.work import Step, low_rank_pays, read_network
+from qat.plan.work import Step, read_network
+from qat.train.shapes import low_rank_pays
 
 NANO: dict[str, Any] = json.loads((CARDS / "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16.json").read_text())["config"]
 DENSE: dict[str, Any] = {

@@ -75,6 +75,8 @@ def test_trained_weights_padding_and_caches_take_transformers_way(
     model = nemotron_h_tiny(dtype=torch.float32)
     nemotron_h.use_fast_layers_(model)
     model(input_ids=token_ids())  # every weight is trained
+    with torch.no_grad(), pytest.raises(ImportError):
+        model(input_ids=token_ids())  # validation measures what the network loaded from its files gives
     model.requires_grad_(False)
     with pytest.raises(ImportError):
         model(input_ids=token_ids())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from qat.quant.packed import (
     through_nvfp4,
 )
 from qat.quant.presets import Preset
+from qat.quant.products import product
 from tests.tiny_models import nemotron_h_tiny
 
 
@@ -91,30 +93,54 @@ def test_a_module_moves_with_it() -> None:
     assert all(tensor.is_meta for tensor in inner)
 
 
-def test_a_linear_computes_with_it_and_keeps_nothing_unpacked() -> None:
-    """Value and gradient are the dense product's, and autograd saves no tensor as large as the weight."""
-    weight, bias = _matrix(512, 1024), _matrix(512, seed=3)
-    linear = nn.Linear(1024, 512)
-    linear.weight, linear.bias = packed_parameter(weight), nn.Parameter(bias, requires_grad=False)
+def _with_saved(function: Any, x: torch.Tensor, gradient: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """Value, gradient of `x`, and the bytes of the largest tensor that autograd saved."""
     saved: list[int] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor.untyped_storage().nbytes() if type(tensor) is torch.Tensor else 0)
         return tensor
 
-    def run(function: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        x = _matrix(3, 4, 1024, seed=2).requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = function(x)
-        y.backward(_matrix(3, 4, 512, seed=4))
-        assert x.grad is not None
-        return y.detach(), x.grad
+    leaf = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = function(leaf)
+    y.backward(gradient)
+    assert leaf.grad is not None
+    return [y.detach(), leaf.grad], max(saved, default=0)
 
-    found = run(linear)
-    assert max(saved, default=0) < 512 * 1024
-    expected = run(lambda x: functional.linear(x, through_nvfp4(weight), bias))
+
+def test_a_linear_computes_with_it_and_keeps_nothing_unpacked() -> None:
+    """Value and gradient are the dense product's, and autograd saves no tensor as large as the weight."""
+    weight, bias = _matrix(512, 1024), _matrix(512, seed=3)
+    linear = nn.Linear(1024, 512)
+    linear.weight, linear.bias = packed_parameter(weight), nn.Parameter(bias, requires_grad=False)
+    x, gradient = _matrix(3, 4, 1024, seed=2), _matrix(3, 4, 512, seed=4)
+    found, kept = _with_saved(linear, x, gradient)
+    assert kept < 512 * 1024
+    expected, kept = _with_saved(lambda x: functional.linear(x, through_nvfp4(weight), bias), x, gradient)
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
-    assert max(saved) >= 512 * 1024 * 2
+    assert kept >= 512 * 1024 * 2
+
+
+def test_experts_compute_with_it_and_keep_nothing_unpacked() -> None:
+    """The same for a grouped product, each expert's rows by themselves as the oracle."""
+    weight = _matrix(4, 128, 256)
+    x, gradient = _matrix(11, 256, seed=2), _matrix(11, 128, seed=4)
+    packed, ends = packed_parameter(weight), [3, 3, 10, 11]
+
+    def each(x: torch.Tensor) -> torch.Tensor:
+        groups = zip(pairwise([0, *ends]), through_nvfp4(weight), strict=True)
+        return torch.cat([x[start:end] @ matrix.mT for (start, end), matrix in groups])
+
+    offsets = torch.tensor(ends, dtype=torch.int32)
+    found, kept = _with_saved(lambda x: product(x, packed, offsets), x, gradient)
+    assert kept < 128 * 256 * 2
+    expected, _ = _with_saved(each, x, gradient)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right)
+    dense, kept = _with_saved(lambda x: product(x, through_nvfp4(weight), offsets), x, gradient)
+    assert all(torch.equal(left, right) for left, right in zip(found, dense, strict=True))
+    assert kept >= 4 * 128 * 256 * 2
 
 
 def test_merged_adapters_are_the_effective_weight_of_the_unpacked_one() -> None:

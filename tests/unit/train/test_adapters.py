@@ -228,3 +228,37 @@ def test_a_damaged_adapter(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         load_adapter(nemotron_h_tiny(), tmp_path / "adapter", "h")
     assert json.loads((tmp_path / "adapter" / SIDECAR).read_text(encoding="utf-8"))["base_sha256"] == "h"
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"peft_type": "IA3", "target_modules": ["q_proj"]}'])
+def test_an_adapter_with_another_configuration(tmp_path: Path, content: str | None) -> None:
+    save_adapter(_adapted(), tmp_path / "adapter", "h")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.unlink() if content is None else config.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match="no LoRA" if content and "IA3" in content else "configuration cannot be read"):
+        load_adapter(nemotron_h_tiny(), tmp_path / "adapter", "h")
+
+
+def test_a_kind_that_is_found_in_part() -> None:
+    """A library that fuses q, k and v leaves o_proj alone to be found: less than the configuration describes."""
+    model = qwen3_tiny()
+    for layer in model.model.layers:
+        layer.self_attn.qkv_proj = layer.self_attn.q_proj
+        del layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+    with pytest.raises(UserError, match="reaches 2 of 8 weights") as caught:
+        find_targets(model, "qwen", ("mlp", "attention"))
+    assert caught.value.value == "attention" and caught.value.where == "model.layers.0.self_attn.k_proj"
+
+
+def test_targets_on_the_published_nano(real_data: Path, tmp_path: Path) -> None:
+    """Counted by hand in its pattern: 6 attention, 23 Mamba and 23 expert layers; nothing has memory here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    published = real_data / "model_configs" / "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16_config.json"
+    config = json.loads(published.read_text(encoding="utf-8"))
+    config.pop("auto_map", None)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=torch.bfloat16)
+    counts = {kind: len(names) for kind, names in find_targets(model, "nemotron_h", AdapterBlock().targets).items()}
+    assert counts == {"attention": 4 * 6, "mamba": 2 * 23, "routed_experts": 2 * 23, "shared_experts": 2 * 23}

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from qat.train.bench.arms import configuration
-from qat.train.bench.run import Record, Shape, markdown
+from qat.quant.packed import PackedWeight, packed_modules
+from qat.train.bench.arms import EXPERTS, Arm, configuration, network, next_token_loss, packed_network, with_lora
+from qat.train.bench.run import Record, Shape, guarded, markdown
 from qat.train.bench.timing import _GROUPS, summarize
+from tests.tiny_models import nemotron_h_tiny, token_ids
 
 
 def test_a_summary_by_hand() -> None:
@@ -63,3 +67,39 @@ def test_a_failing_part_is_said_and_the_rest_is_kept(tmp_path: Path, monkeypatch
 )
 def test_kernels_fall_into_their_groups(kernel: str, group: str) -> None:
     assert next(name for name, pattern in _GROUPS if re.search(pattern, kernel)) == group
+
+
+def test_the_packed_network_is_drawn_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole network's own initialization is the oracle: names, shapes, dtypes, spread; at most a layer in BF16."""
+    from qat.train.bench import arms
+
+    config = nemotron_h_tiny().config
+    alive: list[int] = []
+    draw = arms._draw
+
+    def counted(model: Any, part: torch.nn.Module) -> None:
+        draw(model, part)
+        held = (each for layer in model.model.layers for each in layer.parameters())
+        alive.append(sum(each.numel() for each in held if not each.is_meta and not isinstance(each, PackedWeight)))
+
+    monkeypatch.setattr(arms, "_draw", counted)
+    found = dict(packed_network(config).named_parameters())
+    expected = dict(network(config).named_parameters())
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (found[name].shape, found[name].dtype) == (weight.shape, weight.dtype), name
+        assert not found[name].is_meta and not found[name].requires_grad
+        if weight.dim() > 1:
+            torch.testing.assert_close(found[name].float().std(), weight.float().std(), rtol=0.2, atol=0, msg=name)
+    packed = [name for name, weight in found.items() if isinstance(weight, PackedWeight)]
+    assert len(packed) == len(packed_modules([], config.to_dict()))
+    layers = [sum(each.numel() for name, each in expected.items() if f".layers.{n}." in name) for n in range(4)]
+    assert max(alive) < max(layers) * 1.1 < sum(layers) * 0.6
+
+
+def test_the_guard_counts_what_a_step_reaches() -> None:
+    """The tiny network has two layers of experts with two weights each, and two factors a weight."""
+    model = with_lora(network(nemotron_h_tiny().config), [], EXPERTS)
+    said = guarded(Arm("experts", "", model, next_token_loss(model)), token_ids().to(model.device))
+    assert (said["parameters"], said["trained_parameters"], said["adapted_weights"]) == (8, 8, 4)
+    assert said["quantizers"] == 0 and said["dead"] == {}

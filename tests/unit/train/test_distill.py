@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_divergence_by_the_slow_way(small: Small, trained: Trained) -> None:
     quantize_(student, small.base, QuantState.load(trained.calibration))
     rows: list[tuple[str, float, bool]] = []
     for sample in samples:
-        ids = torch.tensor([sample.input_ids])
+        ids = torch.tensor([sample.input_ids], device=teacher.device)
         with torch.no_grad():
             p, q = (torch.log_softmax(model(input_ids=ids).logits[0].double(), dim=-1) for model in (teacher, student))
         for position, label in enumerate(sample.labels[1:]):
@@ -118,7 +119,7 @@ def test_ranges_cover_every_effective_weight(small: Small, trained: Trained) -> 
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             with torch.no_grad():
                 weight = effective_weight(module.base_layer.weight, a, b, module.scaling["default"])
-            amax = state.modules[key].weight_amax
+            amax = state.modules[key].weight_amax.to(weight.device)
             assert float(weight.abs().max()) <= float(amax)
             assert float(amax) >= float(calibrated.modules[key].weight_amax)
             assert float(fake_quant_weight(weight, amax).abs().max()) <= float(amax) * 1.01
@@ -256,3 +257,34 @@ def test_answers_in_a_file_give_the_same_bytes(
     outside = distill(*arguments, tmp_path / "outside")
     assert mapped and not (tmp_path / "outside" / "teacher.bin").exists()
     assert inside.adapter_sha256 == outside.adapter_sha256 and inside.divergence == outside.divergence
+
+
+def test_a_thin_mask_is_refused_in_distillation_too(
+    small: Small, trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh prompts are other rows than those of fine-tuning; `tokens: all` has no mask."""
+    monkeypatch.setattr("qat.train.before.LEAST_TRAINED_SHARE", 0.99)
+    recipe = world.recipe(small.base, distill={"tokens": "replies"})
+    files = small.base, trained.persona, trained.calibration, small.train, small.validation
+    with pytest.raises(UserError, match="would be trained on"):
+        distill(recipe, *files, tmp_path)
+
+
+def test_arms_are_measured_with_one_network_in_memory(
+    small: Small, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a 30B model two do not fit beside each other: each is gone, circles and all, when the next is loaded."""
+    networks: list[weakref.ref[torch.nn.Module]] = []
+    alive: list[int] = []
+
+    def watched(*arguments: Any) -> Any:
+        alive.append(sum(network() is not None for network in networks))
+        model = load_persona(*arguments)
+        networks.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr("qat.train.divergence.load_persona", watched)
+    student = trained.student / "adapter", trained.student / "quant_state.safetensors"
+    arms = {"qad": student, "ptq": (None, trained.calibration), "again": student}
+    measure(world.recipe(small.base), small.base, trained.persona, arms, small.validation)
+    assert alive == [0, 0, 0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.train.diverged import exploded, first_fault, largest_gradient
+from qat.train.diverged import exploded, first_fault, first_output, largest_gradient
 
 
 @pytest.mark.parametrize(
@@ -100,3 +100,11 @@ def test_largest_gradient() -> None:
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, [1.0, 1.0, 2.0, 1.0, 1.0, 1.0][number])
     assert largest_gradient(model) == "the gradient of second.0.weight is the largest"
+
+
+def test_the_first_output_of_a_validation() -> None:
+    model = _network("output").eval()
+    assert "the output of second.1 " in first_output(model, _pass(model))
+    sound = _network("").eval()
+    assert "every layer's output is finite" in first_output(sound, _pass(sound, float("nan")))
+    assert not any(module._forward_hooks for module in model.modules())

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from qat.errors import UserError
 from qat.train.base import load_base
 from qat.train.full import MasterAdamW, save_model, train_all_
-from tests.tiny_models import nemotron_h_tiny, qwen3_moe_tiny, save_tiny
+from tests.tiny_models import nemotron_h_tiny, qwen3_moe_tiny, qwen3_tiny, save_tiny
 
 
 def _problem(dtype: torch.dtype) -> tuple[torch.nn.Parameter, torch.Tensor]:
@@ -81,10 +83,28 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path: Path) -> None:
         model = load_base(base)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).bfloat16())
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                parameter.add_(noise.to(parameter))
         save_model(model, base, out, base_sha256="digest")
         again = load_base(out)
         for (name, left), (_, right) in zip(model.named_parameters(), again.named_parameters(), strict=True):
             assert torch.equal(left, right), name
         assert load_file(out / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
         assert (out / "tokenizer.json").is_file() and not (tmp_path / f"out{index}.partial").exists()
+
+
+def test_training_that_would_be_lost_is_an_error(tmp_path: Path) -> None:
+    """A trained parameter that no tensor of the base holds: the written model would keep its old value."""
+    base = save_tiny(tmp_path / "base")
+    model = load_base(base)
+    model.model.layers[0].register_parameter("extra", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(RuntimeError, match="1 trained parameters are no tensors of the base"):
+        save_model(model, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_names_are_said_before_training() -> None:
+    model = qwen3_tiny()
+    model.config.model_type = "qwen2"
+    with pytest.raises(UserError, match="not known"):
+        train_all_(model, ends=True)

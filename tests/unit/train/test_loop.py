@@ -207,7 +207,7 @@ def test_the_layer_that_broke_is_named_and_nothing_moved(tmp_path: Path) -> None
     assert "step 2 is the best so far and is kept" in caught.value.remedy
     assert torch.equal(before[0], _factors(loop))
     kept = checkpoint.read(loop.root / "checkpoint-3").parameters
-    assert len(kept) > 4 and all(torch.equal(loop.model.get_parameter(name), kept[name]) for name in kept)
+    assert len(kept) > 4 and all(torch.equal(loop.model.get_parameter(name).cpu(), kept[name]) for name in kept)
 
 
 def test_an_explosion_of_the_gradient_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +293,26 @@ def test_the_marker_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     checkpoint.write(tmp_path, 1, checkpoint.Checkpoint({}, {}, {}, {}, checkpoint.random_states()), "{}", "f")
     assert order[-1] == checkpoint.MARKER and len(order) == 4
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_validation_that_is_not_finite_names_the_layer(tmp_path: Path, step: int) -> None:
+    """Only held-out rows break it: the training's own gradients stay sound, so nothing else would notice."""
+    loop = _loop(tmp_path, (3.0,))
+    broken = loop.model.get_base_model().get_submodule("model.layers.2.mixer.o_proj")
+    broken.register_forward_hook(
+        lambda module, _, output: (
+            output * float("nan") if not module.training and loop.state.global_step == step else None
+        )
+    )
+
+    def validate() -> dict[str, float]:
+        ids = torch.tensor([loop.samples[0].input_ids], device=loop.args.device)
+        return {"eval_loss": float(hidden_states(loop.model, ids, ids).float().mean())}
+
+    loop.validate = validate  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=rf"diverged at step {step}: validation gave .*NaN") as caught:
+        loop.run()
+    assert caught.value.where == "the output of model.layers.2.mixer.o_proj is the first that is not finite"
+    said = "nothing has been trained yet" if step == 0 else "step 0 is the best so far and is kept"
+    assert said in caught.value.remedy

@@ -48,8 +48,9 @@ def test_it_is_the_base_with_packed_weights(build: Callable[[], PreTrainedModel]
             assert torch.equal(found[name], tensor), name
     group_experts_(plain)
     assert not four.training
+    ids = token_ids().to(plain.device)
     with torch.no_grad():
-        assert torch.equal(four(input_ids=token_ids()).logits, plain(input_ids=token_ids()).logits)
+        assert torch.equal(four(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 def test_never_more_than_one_module_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +146,7 @@ def test_a_step_unpacks_one_layer_at_a_time(tmp_path: Path, monkeypatch: pytest.
         return made
 
     monkeypatch.setattr(packed, "_unpack", counted)
-    model(input_ids=token_ids()).logits.float().square().sum().backward()
+    model(input_ids=token_ids().to(model.device)).logits.float().square().sum().backward()
     layers: dict[str, int] = {}
     for name, tensor in model.named_parameters():
         if isinstance(tensor, PackedWeight):

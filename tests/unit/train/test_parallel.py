@@ -12,12 +12,14 @@ from torch.distributed.tensor import DTensor
 
 from qat.errors import UserError
 from qat.train import parallel
+from qat.train.base import training_device
 
 
 @pytest.fixture
 def alone() -> Iterator[None]:
     """A process group of one, so that FSDP2 can be used without a second process."""
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
@@ -46,6 +48,16 @@ def test_a_process_of_its_own_does_everything() -> None:
     parallel.require_sharded(model, dict(model.named_parameters()))
     with parallel.whole_layer(model):
         pass
+
+
+@pytest.mark.parametrize(("said", "expected"), [("true", True), ("True", True), ("false", False), (None, False)])
+def test_what_the_launcher_said(said: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable by which `accelerate launch --use_fsdp` tells its processes (accelerate.utils.launch)."""
+    if said is None:
+        monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    else:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", said)
+    assert parallel.sharding() == expected
 
 
 def test_decoder_layer() -> None:
@@ -85,8 +97,8 @@ def test_the_forward_is_given_back() -> None:
 
 def _sharded() -> tuple[nn.Sequential, nn.Sequential]:
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    # FSDP2 moves what it shards to the GPU, if there is one.
+    plain, model = (nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).to(training_device()) for _ in range(2))
     model.load_state_dict(plain.state_dict())
     for layer in model:
         fully_shard(layer)
@@ -101,7 +113,7 @@ def test_sharded_tensors_come_together_and_apart() -> None:
     assert isinstance(parameter, DTensor) and parallel.is_sharded(model)
     assert torch.equal(parallel.whole(parameter), plain[0].weight)
     assert torch.equal(parallel.for_the_first(parameter), plain[0].weight)
-    other = torch.randn(6, 4)
+    other = torch.randn(6, 4, device=parameter.device)
     placed = parallel.placed_like(other, parameter)
     assert isinstance(placed, DTensor) and placed.placements == parameter.placements
     assert torch.equal(placed.full_tensor(), other)
@@ -116,7 +128,7 @@ def test_sharded_tensors_come_together_and_apart() -> None:
 def test_an_optimizer_goes_on_from_whole_tensors() -> None:
     """Two steps in a row, plainly, against one step, its state made whole, and one step of another sharded model."""
     plain, _ = _sharded()
-    rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(1)).to(training_device())
 
     def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         parallel.call_inside(model, model, lambda: nn.Sequential.forward(model, rows).square().sum()).backward()

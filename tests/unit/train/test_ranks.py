@@ -1,4 +1,4 @@
-"""Two processes against one, on CPUs over gloo: DDP as accelerate does it there, and FSDP2 as it does it on GPUs."""
+"""Two processes against one, on CPUs over gloo, in both ways: the whole base in each, or a part of every layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from tests.unit.train import world
 from tests.unit.train.conftest import Small
 
 pytestmark = pytest.mark.slow
-TWO = Processes(2)
 ROOT = Path(__file__).parents[3]
 
 
@@ -37,22 +36,25 @@ def _cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Way(NamedTuple):
-    """How two processes share the model."""
+    """How two processes keep the base."""
 
     flags: tuple[str, ...]
     program: str
 
+    @property
+    def two(self) -> Processes:
+        return Processes(2, self.flags)
+
 
 WAYS = {
-    "ddp": Way(launch.REPLICATED, launch.PROGRAM),
-    "fsdp2": Way(launch.SHARDED, "tests.unit.train.sharded_process"),
+    "replicate": Way(("--multi_gpu",), launch.PROGRAM),
+    "shard": Way(("--use_fsdp",), "tests.unit.train.sharded_process"),
 }
 
 
 @pytest.fixture(params=list(WAYS))
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Way:
     chosen = WAYS[request.param]
-    monkeypatch.setattr(launch, "REPLICATED", chosen.flags)
     monkeypatch.setattr(launch, "PROGRAM", chosen.program)
     return chosen
 
@@ -111,12 +113,12 @@ def distilled(small: Small, alone: Path, calibrated: Path, tmp_path_factory: pyt
     return out
 
 
-@pytest.mark.usefixtures("way")
-def test_fine_tuning(small: Small, alone: Path, tmp_path: Path) -> None:
+def test_fine_tuning(small: Small, alone: Path, way: Way, tmp_path: Path) -> None:
     out = tmp_path / "sft"
-    outcome = run_stage("sft", _recipe(small), [small.base, small.train, small.validation, out], TWO)
+    outcome = run_stage("sft", _recipe(small), [small.base, small.train, small.validation, out], way.two)
     _same(out, alone)
     assert outcome.report["loop"]["processes"] == 2
+    assert outcome.report["loop"]["sharded"] == (way == WAYS["shard"])
     assert outcome.report["loop"]["guard"]["dead"] == {}
     found, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, alone))
     assert {name: (t.shape, t.dtype) for name, t in found.items()} == {
@@ -127,11 +129,10 @@ def test_fine_tuning(small: Small, alone: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "checkpoints", "log.jsonl"]
 
 
-@pytest.mark.usefixtures("way")
-def test_distillation(small: Small, alone: Path, calibrated: Path, distilled: Path, tmp_path: Path) -> None:
+def test_distillation(small: Small, alone: Path, calibrated: Path, distilled: Path, way: Way, tmp_path: Path) -> None:
     out = tmp_path / "all"
     paths = [small.base, alone / "adapter", calibrated, small.train, small.validation, out]
-    outcome = run_stage("distill", _recipe(small), paths, TWO)
+    outcome = run_stage("distill", _recipe(small), paths, way.two)
     _same(out, distilled)
     assert outcome.report["loop"]["guard"]["dead"] == {}
     found, expected = (QuantState.load(folder / "quant_state.safetensors") for folder in (out, distilled))
@@ -145,15 +146,15 @@ import sys
 from pathlib import Path
 from qat.recipe.schema import Recipe
 from qat.train import launch
-launch.REPLICATED, launch.PROGRAM = tuple(sys.argv[2].split(",")), sys.argv[3]
+launch.PROGRAM, flags = sys.argv[2], tuple(sys.argv[3].split())
 paths = [Path(path) for path in sys.argv[5:]]
-launch.run_stage("sft", Recipe.model_validate_json(sys.argv[1]), paths, launch.Processes(int(sys.argv[4])))
+launch.run_stage("sft", Recipe.model_validate_json(sys.argv[1]), paths, launch.Processes(int(sys.argv[4]), flags))
 """
 
 
-def _killed_in_the_middle(recipe: Recipe, way: Way, count: int, paths: list[Path]) -> None:
+def _killed_in_the_middle(recipe: Recipe, program: str, processes: Processes, paths: list[Path]) -> None:
     """Run a stage in a process of its own and kill that, whatever it has started, as soon as step 2 is saved."""
-    arguments = [recipe.model_dump_json(), ",".join(way.flags), way.program, str(count), *map(str, paths)]
+    arguments = [recipe.model_dump_json(), program, " ".join(processes.flags), str(processes.gpus), *map(str, paths)]
     command = subprocess.Popen([sys.executable, "-c", _COMMAND, *arguments], env=dict(os.environ))
     deadline = time.monotonic() + 120
     while not (paths[-1] / "checkpoints" / "checkpoint-2" / "COMPLETE").is_file():
@@ -183,16 +184,16 @@ def _processes_of(folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("way", ["fsdp2"], indirect=True)
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_going_on_with_another_count(
     before: int, after: int, small: Small, alone: Path, way: Way, tmp_path: Path
 ) -> None:
     out = tmp_path / "sft"
     paths = [small.base, small.train, small.validation, out]
-    _killed_in_the_middle(_recipe(small), way, before, paths)
+    processes = {1: ONE, 2: way.two}
+    _killed_in_the_middle(_recipe(small), way.program, processes[before], paths)
     assert not (out / "adapter").exists()
-    outcome: Any = run_stage("sft", _recipe(small), paths, Processes(after))
+    outcome: Any = run_stage("sft", _recipe(small), paths, processes[after])
     assert outcome.report["loop"]["resumed_from"] >= 2 and outcome.report["loop"]["processes"] == after
     assert sorted(path.name for path in out.iterdir()) == ["adapter", "checkpoints", "log.jsonl"]
     _same(out, alone)

@@ -50,9 +50,9 @@ def test_validation_loss_by_the_slow_way(small: Small) -> None:
     held_out = encode_file(small.validation, load_tokenizer(world.recipe(small.base).base, small.base), 64).samples
     total, count = 0.0, 0
     for sample in held_out:
-        labels = torch.tensor([sample.labels])
+        ids, labels = torch.tensor([sample.input_ids, sample.labels], device=model.device).unsqueeze(1)
         with torch.no_grad():
-            loss = float(model(input_ids=torch.tensor([sample.input_ids]), labels=labels).loss)
+            loss = float(model(input_ids=ids, labels=labels).loss)
         supervised = int((labels[:, 1:] != -100).sum())
         total, count = total + loss * supervised, count + supervised
     assert validation_loss(model, held_out) == pytest.approx(total / count, rel=2e-3)
