@@ -103,7 +103,7 @@ class Replies:
     def __init__(self, demands: Demands) -> None:
         self._demands = demands
         asked = {normalise_turn(text): case for case, text in demands.turns}
-        self._asked = _Known({turn: case for turn, case in asked.items() if len(turn.split()) >= _LEAST_WORDS})
+        self._asked = _Known({turn: case for turn, case in asked.items() if demands.words(turn) >= _LEAST_WORDS})
         answers = {normalise_turn(text): case for case, text in demands.references}
         self._answers = _Known({text: case for text, case in answers.items() if len(text) >= OWN_FROM})
 

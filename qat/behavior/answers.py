@@ -13,6 +13,10 @@ MAX_ANSWER_BYTES = 16 << 20
 """A longer answer is not read to its end: no reply of this size is one."""
 
 
+DEEPEST_CALLS = 100
+"""Levels of lists and objects in `tool_calls`, where arguments are objects; twice as many spoil a result file."""
+
+
 class BadAnswer(Exception):
     """The server answered, and the answer cannot be read; the text is `kind: details`."""
 
@@ -84,6 +88,8 @@ def checked_message(message: dict[str, Any]) -> dict[str, Any]:
         raise BadAnswer(f"no chat completion: the content is {_kind(content)}")
     if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
         raise BadAnswer("no chat completion: tool_calls is no list of function calls")
+    if _levels(calls, DEEPEST_CALLS + 1) > DEEPEST_CALLS:
+        raise BadAnswer(f"no chat completion: tool_calls are nested more than {DEEPEST_CALLS} deep")
     thinking = message.get("reasoning_content") or message.get("reasoning")
     if thinking is not None and not isinstance(thinking, str):
         raise BadAnswer(f"no chat completion: the reasoning is {_kind(thinking)}")
@@ -105,6 +111,15 @@ def _is_call(call: object) -> bool:
         and isinstance(function.get("name"), str)
         and isinstance(function.get("arguments"), str | dict | None)
     )
+
+
+def _levels(value: object, most: int) -> int:
+    """How deep lists and objects lie within each other, counted to `most`."""
+    level, count = [value], 0
+    while count < most and (level := [one for one in level if isinstance(one, list | dict)]):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        count += 1
+    return count
 
 
 class StreamedAnswer:

@@ -271,7 +271,7 @@ def first_model(url: str) -> str:
             "The server does not say which models it offers.",
             where=where,
             value=str(error),
-            remedy="is it running? --model names its model",
+            remedy="is it running? --model (pytest: --qat-model) names its model",
         ) from error
 
 

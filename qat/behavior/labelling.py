@@ -146,11 +146,14 @@ def read_sheet(path: Path) -> Sheet:
         UserError: The file cannot be read, or a line is no labelled reply.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: JSON allows its other line breaks, such as U+2028, inside texts, and models write them.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError("The labelled replies cannot be read.", where=str(path), value=str(error)) from error
     records, waiting = [], 0
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             content = json.loads(line)
             given = {name: label for name, label in content["labels"].items() if label is not None}
@@ -176,8 +179,11 @@ def compare_with_reader(
         overrides: Check to parameters that replace those of the lines: another judge on the same labels.
 
     Raises:
-        UserError: A check that does not exist, or parameters that it does not take.
+        UserError: A check that does not exist, or parameters that it does not take; overrides of one without labels.
     """
+    labelled = sorted({name for record in records for name in record.labels})
+    if idle := [name for name, params in (overrides or {}).items() if params and name not in labelled]:
+        raise UserError(f"No label is of the check {idle[0]!r}.", value=f"labels are of {', '.join(labelled)}")
     tasks = []
     for record in records:
         for name in record.labels:

@@ -150,13 +150,14 @@ def _told(case: Case, result: CaseResult) -> Iterator[str]:
 
 
 def _ask(config: pytest.Config, suite: Suite, cases: list[Case]) -> dict[str, CaseResult]:
+    from qat.behavior.client import first_model
     from qat.behavior.records import read_results
     from qat.behavior.runner import run_suite
     from qat.progress import progress_bar
     from qat.recipe.schema import BehaviorBlock, GateBlock, Sampling
 
     url = config.getoption("--qat-url")
-    model = config.getoption("--qat-model") or _first_model(url)
+    model = config.getoption("--qat-model") or first_model(url)
     block = BehaviorBlock(
         suite=suite.name,
         max_tokens=config.getoption("--qat-max-tokens"),
@@ -170,19 +171,3 @@ def _ask(config: pytest.Config, suite: Suite, cases: list[Case]) -> dict[str, Ca
         run_suite(dataclasses.replace(suite, cases=tuple(cases)), url, model, model, block, out, silent)
         found = read_results(out).results
     return {key.case: result for key, result in found.items() if key.sampling == SAMPLING}
-
-
-def _first_model(url: str) -> str:
-    import httpx
-
-    root = url.rstrip("/").removesuffix("/v1")
-    try:
-        answer = httpx.get(f"{root}/v1/models", timeout=30.0)
-        return str(answer.raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            "The server does not say which models it offers.",
-            where=f"{root}/v1/models",
-            value=str(error),
-            remedy="is it running? --qat-model names its model",
-        ) from error

@@ -70,10 +70,12 @@ def load_labels(folder: Path = LABELS) -> list[LabelledReply]:
         raise UserError("There are no labelled replies.", where=str(folder))
     found: list[LabelledReply] = []
     for path in files:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+            if not line.strip():
+                continue
             try:
                 found.append(read_label(json.loads(line)))
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 what = f"{type(error).__name__}: {error}"
                 raise UserError("A line is no labelled reply.", where=f"{path}, line {number}", value=what) from error
     return found
@@ -86,6 +88,8 @@ def _persona(name: str) -> Persona:
 
 def read_label(record: dict[str, Any]) -> LabelledReply:
     """One line of a label file; `produced`, a list of messages, may stand in the place of a single `reply`.
+
+    `times` holds the seconds that were measured, by the names that `Reply` has for them.
 
     Raises:
         ValueError: A label is neither pass nor fail.
@@ -111,6 +115,7 @@ def read_label(record: dict[str, Any]) -> LabelledReply:
             messages,
             tuple(context.get("tool_results", ())),
             tools,
+            **record.get("times", {}),
         ),
         record["labels"],
         record.get("params", {}),
@@ -285,12 +290,12 @@ _HEAD = """# How good the checks are
 
 *Written by `{command}`; raw numbers in [checks.json](checks.json).*
 
-{n} replies in two rounds were labelled by reading them; how, from where and with which limits, and what the checks
-were worth before the repair that the second round led to, stands in
+{n} replies in three rounds were labelled by reading them; how, from where and with which limits, and what the checks
+were worth before the repairs that the later rounds led to, stands in
 [qat/behavior/labels/README.md](../../qat/behavior/labels/README.md). {published} of them are from published data sets,
 {written} were written for this set (faults that models rarely show, and sound replies that look like them, in many
-languages), the others are answers of the tiny arms. The halves are split by a hash of the reply; the checks were
-repaired on one half only.
+languages), the others are answers of the tiny arms. Every check below has at least 40 faults and 40 sound replies. The
+halves are split by a hash of the reply; the checks were repaired on one half only.
 
 The held-out half flatters: one reader, a language model, wrote the written replies of both halves, the labels and the
 checks; of the labels a second one has read 60 replies. The replies of published data sets are the harder test;

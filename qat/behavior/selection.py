@@ -71,6 +71,13 @@ class Selection(NamedTuple):
         ]
         return set(met[self.shard - 1 :: self.shards])
 
+    def answers(self, suite: Suite, results: Path) -> list[CaseResult]:
+        """The results of the cases selected, in the order of the suite and not in that of their coming."""
+        chosen = self.ids(suite)
+        order = {case.id: place for place, case in enumerate(suite.cases) if case.id in chosen}
+        found = [result for result in read_results(results).results.values() if result.case in order]
+        return sorted(found, key=lambda result: order[result.case])
+
 
 EVERYTHING = Selection()
 

@@ -202,7 +202,8 @@ def _written(source: Source, file: _SuiteFile) -> Iterator[_Entry]:
 
 
 def _label(raw: Mapping[str, Any]) -> str:
-    return str(raw.get("id") or "")
+    identity = raw.get("id")
+    return "" if identity is None else str(identity)
 
 
 def _suite_path(name_or_path: str | Path) -> Path:

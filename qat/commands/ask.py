@@ -37,13 +37,12 @@ def ask_endpoint(wanted: Wanted, as_json: bool) -> ExitCode:
         UserError: Neither suite nor recipe is named, or the suite, selection or server is at fault.
     """
     from qat.behavior.client import first_model
-    from qat.behavior.records import read_results
     from qat.behavior.runner import repeated, run_suite
     from qat.behavior.scoring import diverge, require_reference
     from qat.behavior.selection import Selection
     from qat.behavior.suite import load_suite
 
-    block = _block(wanted)
+    block = asked_block(wanted.recipe, wanted.suite, wanted.overrides)
     selection = Selection.parse(wanted.only, wanted.shard)
     part = f".{selection.shard}of{selection.shards}" if selection.shards > 1 else ""
     with terminable(), user_code(block.suite, wanted.allow_python):
@@ -57,8 +56,7 @@ def ask_endpoint(wanted: Wanted, as_json: bool) -> ExitCode:
         asked = repeated(block, wanted.repeats)
         summary = run_suite(suite, wanted.url, model, model, asked, out, selection=selection, token_ids=own)
         result: dict[str, Any] = {**summary.to_json(), "results": str(out), "suite": suite.name, "sha256": suite.sha256}
-        chosen = selection.ids(suite)
-        answers = [answer for answer in read_results(out).results.values() if answer.case in chosen]
+        answers = selection.answers(suite, out)
         result |= {"categories": _categories(answers), "failed_checks": _failed_checks(answers)}
         if reference is not None:
             result["divergence"] = diverge(suite, reference, out, wanted.url, model, block).to_json()
@@ -74,18 +72,23 @@ def ask_endpoint(wanted: Wanted, as_json: bool) -> ExitCode:
     return code
 
 
-def _block(wanted: Wanted) -> BehaviorBlock:
+def asked_block(recipe: str | None, suite: str | None, overrides: Sequence[str]) -> BehaviorBlock:
+    """How a suite is asked and judged: as the recipe says, or greedily by the default floor.
+
+    Raises:
+        UserError: Neither suite nor recipe is named, or the recipe is at fault.
+    """
     from qat.recipe.load import load_recipe
     from qat.recipe.schema import BehaviorBlock, GateBlock
 
-    if wanted.recipe is not None:
-        block = load_recipe(wanted.recipe, wanted.overrides).behavior
-        return block if wanted.suite is None else block.model_copy(update={"suite": wanted.suite})
-    if wanted.suite is None:
+    if recipe is not None:
+        block = load_recipe(recipe, overrides).behavior
+        return block if suite is None else block.model_copy(update={"suite": suite})
+    if suite is None:
         raise UserError("Nothing says which suite to ask.", remedy="name it with --suite, or a recipe with --recipe")
-    if wanted.overrides:
+    if overrides:
         raise UserError("--set changes a recipe, and none is named.", remedy="add --recipe")
-    return BehaviorBlock(suite=wanted.suite, gate=GateBlock(candidate="model", reference="model"))
+    return BehaviorBlock(suite=suite, gate=GateBlock(candidate="model", reference="model"))
 
 
 def _categories(answers: Sequence[CaseResult]) -> dict[str, dict[str, int]]:

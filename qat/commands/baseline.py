@@ -61,7 +61,8 @@ def save(
     with user_code(suite or "", allow_python):
         made = make_baseline(name, path, _suite_of(a, path, suite, run, runs_dir))
     target = save_baseline(made, folder, replace)
-    result: dict[str, Any] = {"baseline": str(target), **_line(made)}
+    # A recipe may ask only the first cases of its suite; whoever meant all of them should see it.
+    result: dict[str, Any] = {"baseline": str(target), **_line(made), "suite_cases": len(made.cases)}
     emit(result, json_, lambda: print_pairs(result | {"passes": ", ".join(map(_pass, result["passes"]))}))
     return ExitCode.DONE
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,12 @@ def bfcl(
     url: UrlOption,
     data: Annotated[Path, typer.Option("--data", help="Folder with BFCL_v4_<split>.json and possible_answer.")],
     splits: Annotated[
-        list[str] | None, typer.Option("--split", help="Only this one; repeatable; by default all in the folder.")
+        list[str] | None,
+        typer.Option(
+            "--split",
+            help="Only this one, or a group: live, non_live, single_turn, python, non_python; "
+            "repeatable; by default all in the folder.",
+        ),
     ] = None,
     model: ModelOption = None,
     only: OnlyOption = None,
@@ -82,6 +88,7 @@ def extraction(
             for name, found in result["fields"].items()
         ]
         print_table(("field", "precision", "recall", "F1", "not JSON"), rows)
+        _print_few(found[key] for found in result["fields"].values() for key in ("precision", "recall", "f1"))
 
     emit(result, json_, text)
     return ExitCode.DONE
@@ -127,7 +134,6 @@ def _ask(
 ) -> tuple[dict[str, Any], list[CaseResult]]:
     """Ask the suite greedily; the result to show, and the answers to the cases asked for."""
     from qat.behavior.client import first_model
-    from qat.behavior.records import read_results
     from qat.behavior.runner import run_suite
     from qat.behavior.selection import Selection
     from qat.recipe.schema import BehaviorBlock, GateBlock
@@ -142,8 +148,7 @@ def _ask(
     )
     with terminable():
         summary = run_suite(suite, url, name, name, block, path, selection=selection)
-    chosen = selection.ids(suite)
-    answers = [one for one in read_results(path).results.values() if one.case in chosen]
+    answers = selection.answers(suite, path)
     return {
         **summary.to_json(),
         "results": str(path),
@@ -170,12 +175,21 @@ def _rates(answers: list[CaseResult]) -> dict[str, Any]:
 def _print_rates(result: dict[str, Any], what: str) -> None:
     rows = [(name, str(found["passed"]), str(found["n"]), _rate(found)) for name, found in result["rates"].items()]
     print_table((what, "passed", "of", "rate (95 % interval)"), rows)
+    _print_few(result["rates"].values())
     for kind, count in result["error_kinds"].items():
         print(f"error  {kind}: {count}")
     print(f"results: {result['results']}")
 
 
+def _print_few(rates: Iterable[dict[str, Any]]) -> None:
+    """What "too few" in the table above means, where it stands there."""
+    from qat.behavior.stats import MIN_CASES
+
+    if any(found["rate"] is None for found in rates):
+        print(f"too few: a rate is given from {MIN_CASES} cases on")
+
+
 def _rate(found: dict[str, Any]) -> str:
     if found["rate"] is None:
-        return str(found["reason"])
+        return "too few"
     return f"{100 * found['rate']:.1f} % ({100 * found['low']:.1f} to {100 * found['high']:.1f})"

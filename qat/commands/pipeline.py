@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,6 +33,7 @@ from qat.commands.common import (
 from qat.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
+    from qat.recipe.schema import BehaviorBlock
     from qat.runs import Run
 
 
@@ -147,7 +149,7 @@ def test(
     ] = None,
     baseline: Annotated[str | None, typer.Option("--baseline", help="That --power measures the flips in.")] = None,
     url: Annotated[str | None, typer.Option("--url", help="Test the model behind this URL and no run.")] = None,
-    suite: Annotated[str | None, typer.Option("--suite", help="For --url; by default the recipe's.")] = None,
+    suite: Annotated[str | None, typer.Option("--suite", help="For --url or --power; by default the recipe's.")] = None,
     model: Annotated[str | None, typer.Option("--model", help="Name at --url; by default its first.")] = None,
     repeats: Annotated[int, typer.Option("--n", help="For --url: ask everything so often.", min=1, max=100)] = 1,
     only: Annotated[
@@ -170,22 +172,17 @@ def test(
             raise UserError("--url tests an endpoint alone.", remedy="leave --power and --run out")
         asked = (url, suite, model, recipe, overrides or (), repeats, only or (), shard, out)
         return ask_endpoint(Wanted(*asked, divergence_from, allow_python), json_)
-    if repeats != 1 or any(given is not None for given in (suite, model, only, shard, out, divergence_from)):
+    misplaced = any(given is not None for given in (None if power else suite, model, only, shard, out, divergence_from))
+    if repeats != 1 or misplaced:
         raise UserError(
             "--suite, --model, --n, --only, --shard, --out and --divergence-from belong to --url.", remedy="add --url"
         )
     if power:
         from qat.commands.power import show_power
-        from qat.recipe.load import load_recipe
 
-        if recipe is not None:
-            read = load_recipe(recipe, overrides or ())
-            folder = runs_dir / (run or read.name)
-        else:
-            folder = existing_run(run, runs_dir)
-            read = run_recipe(folder, overrides)
-        least = drop or read.behavior.gate.max_drop
-        return show_power(read, folder / "behavior", least, power_target or 0.8, flips, baseline, json_)
+        block, results = _to_be_asked(recipe, run, runs_dir, overrides or (), suite)
+        with user_code(block.suite, allow_python):
+            return show_power(block, results, drop, power_target or 0.8, flips, baseline, json_)
     if any(given is not None for given in (drop, power_target, flips, baseline)):
         raise UserError("--drop, --power-target, --flips and --baseline belong to --power.", remedy="add --power")
     with terminable(), open_run(recipe, run, runs_dir, overrides=overrides) as opened:
@@ -194,6 +191,25 @@ def test(
         with user_code(opened.recipe.behavior.suite, allow_python):
             chain.judge(opened)
         return _show_verdict(opened.folder, json_)
+
+
+def _to_be_asked(
+    recipe: str | None, run: str | None, runs_dir: Path, overrides: Sequence[str], suite: str | None
+) -> tuple[BehaviorBlock, Path | None]:
+    """What `--power` plans for, and the folder of earlier answers to it; a suite named by itself has none."""
+    if suite is not None:
+        from qat.commands.ask import asked_block
+
+        if run is not None:
+            raise UserError("--run names its own suite.", remedy="leave --suite or --run out")
+        return asked_block(recipe, suite, overrides), None
+    if recipe is None:
+        folder = existing_run(run, runs_dir)
+        return run_recipe(folder, overrides).behavior, folder / "behavior"
+    from qat.recipe.load import load_recipe
+
+    read = load_recipe(recipe, overrides)
+    return read.behavior, runs_dir / (run or read.name) / "behavior"
 
 
 @exits(resumable=True)

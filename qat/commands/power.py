@@ -11,15 +11,15 @@ from qat.errors import ExitCode, UserError
 
 if TYPE_CHECKING:
     from qat.behavior.power import Assumptions
-    from qat.recipe.schema import BehaviorBlock, Recipe
+    from qat.recipe.schema import BehaviorBlock
 
 REPEATS = (1, 2, 3, 5, 10)
 
 
 def show_power(
-    recipe: Recipe,
-    results: Path,
-    drop: float,
+    behavior: BehaviorBlock,
+    results: Path | None,
+    drop: float | None,
     target: float,
     flips: float | None,
     baseline: str | None,
@@ -28,9 +28,9 @@ def show_power(
     """Print cases and repeats for a power.
 
     Args:
-        recipe: Its suite, gate and the gate's sampling count.
-        results: The run's folder of result files, read for measured flips where it is there.
-        drop: That shall be shown, as a share.
+        behavior: Its suite, gate and the gate's sampling count.
+        results: The run's folder of result files, read for measured flips where it is there; None: no run.
+        drop: That shall be shown, as a share; None: the gate's `max_drop`.
         target: Power.
         flips: Share that flips each way without any change; None: measured where it was, else assumed.
         baseline: Name or file of a baseline to measure the flips in.
@@ -39,7 +39,8 @@ def show_power(
     from qat.behavior.power import cases_needed, chance_to_clear, detectable_drop
     from qat.behavior.suite import load_suite
 
-    behavior, gate = recipe.behavior, recipe.behavior.gate
+    gate = behavior.gate
+    drop = gate.max_drop if drop is None else drop
     assumed = _assumptions(behavior, results, flips, baseline)
     sampling = next(each for each in behavior.sampling if each.name == gate.sampling)
     suite = load_suite(behavior.suite)
@@ -65,7 +66,9 @@ def show_power(
     return ExitCode.DONE
 
 
-def _assumptions(behavior: BehaviorBlock, results: Path, flips: float | None, baseline: str | None) -> Assumptions:
+def _assumptions(
+    behavior: BehaviorBlock, results: Path | None, flips: float | None, baseline: str | None
+) -> Assumptions:
     from qat.behavior.baseline import load_baseline
     from qat.behavior.compare import read_answers
     from qat.behavior.power import ASSUMED_FLIPS, Assumptions, flips_between, flips_within
@@ -85,8 +88,8 @@ def _assumptions(behavior: BehaviorBlock, results: Path, flips: float | None, ba
                 remedy="give --flips, or save a baseline with several seeds or a repeated pass",
             )
         return found
-    files = [results / f"{arm}.jsonl" for arm in (gate.candidate, gate.reference)]
-    if all(path.is_file() for path in files):
+    files = [results / f"{arm}.jsonl" for arm in (gate.candidate, gate.reference)] if results is not None else []
+    if files and all(path.is_file() for path in files):
         candidate, reference = (read_answers(path) for path in files)
         if found := flips_between(candidate, reference, gate.sampling):
             return found
@@ -109,7 +112,7 @@ def _print(result: dict[str, Any]) -> None:
     least = result["detectable_drop"]
     shown = "no drop up to 50 points" if least is None else f"drops of {100 * least:.1f} points or more"
     print(
-        f"{result['suite']} as the recipe asks it, {result['cases']} cases x {result['repeats']}: shows {shown} with a "
+        f"{result['suite']} as it is asked, {result['cases']} cases x {result['repeats']}: shows {shown} with a "
         f"power of {power}; passes an unchanged candidate in {100 * result['chance_to_pass_unchanged']:.0f} %"
     )
 

@@ -52,7 +52,6 @@ class Row(NamedTuple):
         kl_se: Its standard error.
         top1: Top-1 agreement with it.
         d_passed: Difference of pass rates.
-        d_manners: Of manners.
         d_knowledge: Frame to difference of facts known, clustered by subject.
         d_nats: Text to difference of -log p, nats a token, clustered by row.
         d_uneven: Fall of manners minus fall of knowledge in a chat: above 0, manners suffer more.
@@ -67,7 +66,6 @@ class Row(NamedTuple):
     kl_se: float
     top1: float
     d_passed: Difference | None
-    d_manners: Difference | None
     d_knowledge: dict[str, Difference]
     d_nats: dict[str, Difference]
     d_uneven: Difference | None
@@ -115,7 +113,6 @@ def _row(
         kl_se=divergence["kl_se"] or 0.0,
         top1=divergence["top1"],
         d_passed=None if own else difference(result["passed"], reference["passed"], cases),
-        d_manners=None if own else difference(result["manners"], reference["manners"], cases),
         d_knowledge={}
         if own
         else {f: difference(result["knowledge"][f], reference["knowledge"][f], subjects) for f in FRAMES},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from functools import lru_cache
@@ -178,9 +177,3 @@ def nats(model: torch.nn.Module, rows: np.ndarray) -> list[float]:
 
 def _digits(values: list[bool]) -> str:
     return "".join(str(int(value)) for value in values)
-
-
-def read_result(file: Path) -> dict[str, Any]:
-    """One arm's result as `jobs` wrote it."""
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found

@@ -93,7 +93,7 @@ def _documents(path: Path) -> Iterator[str]:
     except OSError as error:
         raise UserError("A file of real texts is missing.", where=str(path), value=str(error)) from error
     if path.suffix == ".jsonl":
-        records = [json.loads(line) for line in content.splitlines() if line.strip()]
+        records = [json.loads(line) for line in content.split("\n") if line.strip()]
     else:
         loaded = json.loads(content)
         records = list(loaded.values()) if isinstance(loaded, dict) else loaded

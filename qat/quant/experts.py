@@ -16,6 +16,7 @@ from modelopt.torch.quantization.nn import QuantModule, QuantModuleRegistry, Ten
 from torch import Tensor, nn
 from transformers.activations import ReLUSquaredActivation
 
+import qat.quant.solvers  # noqa: F401  after ModelOpt: frees the frames that waited for it
 from qat.quant.effective import Adapted, whole
 from qat.quant.products import computing, low_rank_pays, multiply, multiply_low_rank, ready
 

@@ -348,8 +348,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, base_sha256: str, parent:
     _require_origin(folder, base_sha256, parent)
     try:
         config = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError("The adapter's configuration cannot be read.", where=str(folder), value=str(error)) from error
+    except (OSError, ValueError, TypeError, KeyError) as error:  # KeyError: a kind of adapter that PEFT does not know
+        raise UserError("The adapter's configuration cannot be read.", where=str(folder), value=repr(error)) from error
     if not isinstance(config, LoraConfig):
         raise UserError("The adapter is no LoRA.", where=str(folder), value=type(config).__name__)
     config.inference_mode = False

@@ -95,7 +95,7 @@ def require_suitable(folder: Path, block: BaseBlock) -> None:
             value=f"model_type: {config.get('model_type')!r}",
             remedy=f"base.family {block.family} takes {', '.join(_MODEL_TYPES[block.family])}",
         )
-    if "quantization_config" in config or (folder / "hf_quant_config.json").exists():
+    if config.get("quantization_config") is not None or (folder / "hf_quant_config.json").exists():
         raise UserError(
             "The base checkpoint is quantized already: training starts from BF16 weights.",
             where=str(folder),

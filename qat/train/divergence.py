@@ -81,6 +81,9 @@ def measure(
     results: dict[str, ArmDivergence] = {}
     with progress_bar("divergence", len(arms)) as bar:
         for done, (name, (adapter, state)) in enumerate(arms.items()):
+            if adapter is not None and is_model(adapter):
+                loaded = None  # it has weights of its own
+                gc.collect()
             model, standing = _network(base, persona_adapter, sha256, adapter, loaded)
             loaded = None
             if state is not None:
@@ -91,7 +94,7 @@ def measure(
                 replies = compare(model, references, samples)
             results[name] = ArmDivergence(replies, compare_choices(expected, choices, counted))
             bar.update(done + 1, f"{name} KL {replies.kl:.4f}")
-            # Quantizers and wrappers change a network for good, and hold it in circles.
+            # Quantizers and wrappers change a network for good; replaced forwards hold it in circles.
             del model
             gc.collect()
     return results

@@ -2,7 +2,8 @@
 
 Bytes, summed over what is alive at the fullest moment of a step:
 
-    weights      2 a number in BF16, 0.5 + 1/16 a number where the base is kept in NVFP4
+    weights      2 a number in BF16, 0.5 + 1/16 a number where the base is kept in NVFP4; in distillation on such a
+                 base the persona's factors besides, in BF16
     trained      factors: 12 a number (float32 master, two Adam moments)
                  all weights: the same beside the BF16 ones
     gradients    factors: 4 a number; all weights: 2. Of the layers that the backward has passed, or of all where an
@@ -107,9 +108,17 @@ def estimate(config: Mapping[str, Any], need: Need) -> Estimate:
     """
     weights = network_weights(config)
     packed = set(need.packed) if need.memory == "nvfp4" else set()
-    base = sum(weight.numbers * (_NVFP4 if weight.name in packed else _BF16) for weight in weights)
+    base = sum(_standing(weight, need, packed=weight.name in packed) for weight in weights)
     trained = _MASTER * sum(_trained(weight, need) for weight in weights)
     return max((moment._replace(weights=base, trained=trained) for moment in _moments(config, need)), key=sum)
+
+
+def _standing(weight: Weight, need: Need, *, packed: bool) -> float:
+    """A base weight; beside a packed one stand in distillation the persona's factors, taken to be of the student's."""
+    if not packed:
+        return _BF16 * weight.numbers
+    persona = weight.factors(need.rank) if need.teacher and weight.target in need.targets else 0
+    return _NVFP4 * weight.numbers + _BF16 * persona
 
 
 class _Kept(NamedTuple):
@@ -206,10 +215,8 @@ def _loss(config: Mapping[str, Any], need: Need, tokens: int) -> float:
 
 
 def _stepping(weights: list[Weight], need: Need) -> float:
-    """AdamW's root of the second moments, of all factors at once; of whole weights three copies of the largest."""
-    if need.trains == "all":
-        return 3 * _FLOAT32 * max(weight.numbers for weight in weights)
-    return _FLOAT32 * sum(_trained(weight, need) for weight in weights)
+    """AdamW takes whole weights one by one, with three copies of the largest; factors in one kernel, with none."""
+    return 3 * _FLOAT32 * max(weight.numbers for weight in weights) if need.trains == "all" else 0.0
 
 
 def what_fits(config: Mapping[str, Any], need: Need, available: float, packable: Collection[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """Pretraining of small Nemotron-H MoE bases from scratch, on generated text and on texts of one's own.
 
-`tiny` is the embedded base of 4.4 M parameters, `small` one of 51 M for experiments that need a second size.
+`tiny` is the embedded base of 4.4 M parameters, `small` one of 49 M for experiments that need a second size.
 
 BF16 weights with FP32 master copies (what is trained is what is saved), AdamW, cosine schedule, and routing kept even
 by the auxiliary-loss-free rule (Wang et al. 2024, arXiv:2408.15664): after each step the expert bias moves by a fixed
@@ -70,7 +70,7 @@ def tiny_config(vocabulary: int = VOCAB_SIZE) -> Any:
 
 
 def small_config(vocabulary: int = VOCAB_SIZE) -> Any:
-    """6 Mamba-2, 5 MoE (16 routed experts, 2 active, and a shared one) and 2 attention layers; 51 M at 8,192 pieces."""
+    """6 Mamba-2, 5 MoE (16 routed experts, 2 active, and a shared one) and 2 attention layers; 49 M at 8,192 pieces."""
     from transformers import NemotronHConfig
 
     return NemotronHConfig(

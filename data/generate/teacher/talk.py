@@ -303,7 +303,7 @@ def _on_the_wire(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-_THOUGHT = re.compile(r"\A\s*(?:<think>)?(?:(?!</?think>).)*</think>\s*", re.DOTALL | re.IGNORECASE)
+_THOUGHT = re.compile(r"\A\s*+(?:<think>)?(?:(?!</?think>).)*</think>\s*", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"</?think>", re.IGNORECASE)
 
 

@@ -117,7 +117,7 @@ def parse_call(call: Mapping[str, Any]) -> ToolCall:
         return ToolCall(str(function.get("name")), dict(raw), json.dumps(raw, ensure_ascii=False))
     try:
         value = json.loads(raw or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets within a thousand brackets are read by nobody
         value = None
     return ToolCall(str(function.get("name")), value if isinstance(value, dict) else None, str(raw))
 
@@ -184,7 +184,10 @@ class BoundCheck(NamedTuple):
         Raises:
             CheckError: The check could not judge.
         """
-        return self.run(reply, self.params)
+        try:
+            return self.run(reply, self.params)
+        except RecursionError as error:
+            raise CheckError("the reply is nested too deeply to be judged") from error
 
 
 def bind(name: str, params: Mapping[str, Any]) -> BoundCheck:

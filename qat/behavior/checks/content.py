@@ -7,7 +7,7 @@ from typing import Self
 from pydantic import ConfigDict, model_validator
 
 from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
-from qat.behavior.checks.names import fold, mentions_phrase
+from qat.behavior.checks.names import fold, fold_figures, mentions_phrase
 
 
 class Mentions(Params):
@@ -29,8 +29,12 @@ class Mentions(Params):
 
 @check("mentions", Mentions)
 def mentions(reply: Reply, params: Mentions) -> CheckResult:
-    """The last text holds the phrases, without regard to case, accents and punctuation, as whole words."""
-    text = fold(reply.final)
+    """The last text holds the phrases, without regard to case, accents and punctuation, as whole words.
+
+    A figure is one word ("1,500" is 1500 and not 500, "2.5" is not 5). Beyond Latin script an ending may follow
+    ("ಮೈಸೂರಿ" is in "ಮೈಸೂರಿನಲ್ಲಿ", and also "кот" in "который"); in scripts without spaces any place will do.
+    """
+    text = fold_figures(reply.final)
     missing = [phrase for phrase in params.all if not mentions_phrase(text, phrase)]
     if missing:
         return failed(f"does not mention {missing[0]!r}")
@@ -54,9 +58,9 @@ class NotMentions(Params):
 
 @check("not_mentions", NotMentions)
 def not_mentions(reply: Reply, params: NotMentions) -> CheckResult:
-    """No text holds any of the phrases."""
+    """No text holds any of the phrases, which are found as `mentions` finds them."""
     for text in reply.texts:
-        folded = fold(text)
+        folded = fold_figures(text)
         for phrase in params.any:
             if mentions_phrase(folded, phrase):
                 return failed(f"mentions {phrase!r}")

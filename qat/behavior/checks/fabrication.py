@@ -47,9 +47,8 @@ def no_fabrication(reply: Reply, params: NoFabrication) -> CheckResult:
     for text in reply.texts:
         if params.claims and (claim := _claim(text)):
             return failed(f"claims a memory: {claim}")
-        for number in _numbers(text) if params.numbers else ():
-            if number not in known_numbers and not _calculated(number, text, known_numbers):
-                return failed(f"number {number} is in no source")
+        if params.numbers and (number := _invented(text, known_numbers)):
+            return failed(f"number {number} is in no source")
         if params.names and not capitalises_nouns(text):
             for name in _names(text):
                 if not _known(name, known_words):
@@ -104,6 +103,7 @@ _FOLLOWS = regex.compile(
 _MOST_SUMMED = 40
 """Of so many numbers pairs are formed; in a longer context hardly any number would be left."""
 _THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{2,3})+(?:\.\d+)?")
+_PLAIN = regex.compile(r"\d+(?:\.\d+)?")
 
 
 def _numbers(text: str) -> Iterator[str]:
@@ -134,15 +134,27 @@ def _large(match: regex.Match[str]) -> str:
     return str(1000 * value(match["thousands"]) + 100 * value(match["hundreds"]) + value(match["rest"]))
 
 
-def _calculated(number: str, text: str, known: frozenset[str]) -> bool:
-    """Whether a sentence that speaks of a sum or a difference gives one of the known numbers, two of them or all."""
-    spoken = [s for s in sentences(text) if _FOLLOWS.search(s) and number in _numbers(s)]
-    if not spoken:
-        return False
-    values = [Decimal(each) for each in sorted(known)][:_MOST_SUMMED]
+def _invented(text: str, known: frozenset[str]) -> str | None:
+    """The first number that is neither known nor calculated from known ones by a sentence that says so."""
+    unknown = [number for number in dict.fromkeys(_numbers(text)) if number not in known]
+    if not unknown:
+        return None
+    calculating = {number for each in sentences(text) if _FOLLOWS.search(each) for number in _numbers(each)}
+    results = _results(known) if calculating else frozenset()
+    return next((n for n in unknown if n not in calculating or _value(n) not in results), None)
+
+
+def _value(number: str) -> Decimal | None:
+    """The value of a number; None of a date ("12.05.2024") or a decimal comma, which no sum is made of."""
+    return Decimal(number) if _PLAIN.fullmatch(number) else None
+
+
+@lru_cache(maxsize=256)
+def _results(known: frozenset[str]) -> frozenset[Decimal]:
+    """The known numbers added up, doubled and halved, and the sums and differences of any two."""
+    values = [value for each in sorted(known) if (value := _value(each)) is not None][:_MOST_SUMMED]
     results = {sum(values, Decimal())} | {2 * a for a in values} | {a / 2 for a in values}
-    results |= {abs(a + sign * b) for a, b in combinations(values, 2) for sign in (1, -1)}
-    return Decimal(number) in results
+    return frozenset(results | {abs(a + sign * b) for a, b in combinations(values, 2) for sign in (1, -1)})
 
 
 _CAPITAL = regex.compile(r"\b\p{Lu}[\p{L}\p{M}'’]*(?<!['’])")

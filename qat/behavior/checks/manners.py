@@ -136,8 +136,15 @@ def not_empty(reply: Reply, params: Params) -> CheckResult:
     return failed("the reply is empty" if not reply.final else f"no word in the reply: {reply.final}")
 
 
+_CUT = {"length": "cut at the token limit", "repetition": "cut by the server, which saw it repeat itself"}
+"""By `finish_reason`; vLLM gives the second one where its detection of repetition is on."""
+
+
 @check("finished", Params)
 def finished(reply: Reply, params: Params) -> CheckResult:
-    """The model ended its turn itself; it was not cut at the token limit (what endless repetition comes to)."""
-    cut = any(message.get("finish_reason") == "length" for message in reply.produced)
-    return failed("cut at the token limit") if cut else PASSED
+    """The model ended its turn itself; it was not cut at the token limit (what endless repetition comes to).
+
+    Nor by a server that looks for repetition. What the text looks like is not asked.
+    """
+    reasons = (str(message.get("finish_reason")) for message in reply.produced)
+    return next((failed(_CUT[reason]) for reason in reasons if reason in _CUT), PASSED)

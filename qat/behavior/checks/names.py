@@ -14,8 +14,11 @@ from pydantic import Field
 
 from qat.behavior.checks.base import PASSED, CheckResult, Params, Reply, check, failed
 
-# Latin accents belong to no script of their own; vowel signs of Kannada and Devanagari do, and they stay.
-_ACCENT = regex.compile(r"[\p{Mn}&&\p{Script=Inherited}\u200C\u200D]", regex.VERSION1)
+# Latin accents belong to no script of their own; vowel signs of Kannada and Devanagari do, and they stay. So do the
+# marks that make another letter: the voicing of kana, and the breve of й and ў.
+_ACCENT = regex.compile(
+    r"[[\p{Mn}&&\p{Script=Inherited}]--[\u0306\u3099\u309A]]|(?<![иу])\u0306|[\u200C\u200D]", regex.VERSION1
+)
 _POSSESSIVE = regex.compile(r"['’]s\b")
 _APOSTROPHE = regex.compile(r"(?<=\w)['’](?=\w)")
 _BETWEEN = regex.compile(r"[^\p{L}\p{N}\p{M}]+")
@@ -34,23 +37,44 @@ def fold(text: str) -> str:
     return str(_BETWEEN.sub(" ", text)).strip()
 
 
+_THOUSANDS = regex.compile(r"(?<![\p{Nd}.,])\p{Nd}{1,3}(?:,\p{Nd}{2,3})*,\p{Nd}{3}(?!,?\p{Nd})")
+_POINT = regex.compile(r"(?<![\p{Nd}.])(\p{Nd}+)\.(?=\p{Nd}+(?!\.?\p{Nd}))")
+_DOT = "\ua78f"
+"""A dot that Unicode has among the letters: with it between its digits a figure is one word."""
+
+
+@lru_cache(maxsize=8192)
+def fold_figures(text: str) -> str:
+    """`fold`, with every figure one word: "1,500" is 1500, and "2.5" is neither 2 nor 5."""
+    text = _THOUSANDS.sub(lambda match: match.group().replace(",", ""), text)
+    return unicodedata.normalize("NFC", fold(_POINT.sub(rf"\1{_DOT}", text)))
+
+
 def mentions_phrase(folded: str, phrase: str) -> bool:
-    """Whether a folded text holds a phrase as whole words.
+    """Whether a text of `fold_figures` holds a phrase as whole words.
 
     A phrase that ends in a script with case suffixes written on (Kannada, Devanagari and others beyond Latin) may go
-    on.
+    on; in a script without spaces (Chinese, Japanese, Thai) it may also stand within others. A point and a colon
+    between digits are the same ("7.30", "7:30").
     """
     pattern = _phrase(phrase)
     return pattern is not None and pattern.search(folded) is not None
 
 
+_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
+_GAP = regex.compile(rf"(?<=\p{{Nd}})[ {_DOT}](?=\p{{Nd}})")
+
+
 @lru_cache(maxsize=8192)
 def _phrase(phrase: str) -> regex.Pattern[str] | None:
-    wanted = fold(phrase)
+    wanted = fold_figures(phrase)
     if not wanted:
         return None
-    end = r"(?![\p{L}\p{N}\p{M}])" if regex.match(r"[\p{Latin}\p{N}]", wanted[-1]) else ""
-    return regex.compile(rf"(?<![\p{{L}}\p{{N}}\p{{M}}]){regex.escape(wanted)}{end}")
+    start = "" if _UNSPACED.match(wanted) else rf"(?<![[\p{{L}}\p{{N}}\p{{M}}]--{_UNSPACED.pattern}])"
+    # A suffix of another script may follow letters and digits too ("7ಕ್ಕೆ").
+    end = r"(?![\p{Latin}\p{N}\p{M}])" if regex.match(r"[\p{Latin}\p{N}]", wanted[-1]) else ""
+    inner = _GAP.sub(f"[ {_DOT}]", regex.escape(wanted, literal_spaces=True))
+    return regex.compile(start + inner + end, regex.VERSION1)
 
 
 class NameSpelling(Params):

@@ -96,7 +96,11 @@ def max_sentences(reply: Reply, params: Limit) -> CheckResult:
 
 @check("max_words", Limit)
 def max_words(reply: Reply, params: Limit) -> CheckResult:
-    """No message is longer than n words."""
+    """No message is longer than n words.
+
+    "Well-known", "7:30" and "don't" are one word each. Of the scripts without spaces (Chinese, Japanese, Thai, Lao,
+    Khmer, Burmese) every character is one.
+    """
     return _at_most(params.n, "words", [len(words(text)) for text in reply.texts])
 
 

@@ -155,19 +155,8 @@ def layer_cases(tokens: int) -> Iterator[Case]:
 def module_cases(tokens: int) -> Iterator[Case]:
     """The quantized, adapted experts of one layer, forward and backward: as they are, and through `torch.compile`."""
     from peft.tuners.lora.layer import ParamWrapper
-    from transformers import NemotronHConfig
 
-    config = NemotronHConfig(
-        vocab_size=512,
-        hidden_size=IN,
-        layers_block_type=["moe"],
-        n_routed_experts=EXPERTS,
-        num_experts_per_tok=SLOTS,
-        moe_intermediate_size=OUT,
-        moe_shared_expert_intermediate_size=2 * OUT,
-        use_cache=False,
-    )
-    model = ways.with_lora(ways.network(config, checkpointing=False), [], ways.EXPERTS)
+    model = ways.with_lora(ways.network(expert_layer(), checkpointing=False), [], ways.EXPERTS)
     ways.quantize(model, torch.randint(0, 512, (1, 2048), device="cuda"))
     experts = next(module for module in model.modules() if isinstance(module, ParamWrapper))
     hidden = torch.randn(tokens, IN, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -178,6 +167,22 @@ def module_cases(tokens: int) -> Iterator[Case]:
         yield Case(
             f"experts, NVFP4, LoRA, {tokens} tokens: {name}, forward + backward", _with_gradient(way, gradient), 0.0
         )
+
+
+def expert_layer() -> Any:
+    """The configuration of one layer of experts."""
+    from transformers import NemotronHConfig
+
+    return NemotronHConfig(
+        vocab_size=512,
+        hidden_size=IN,
+        layers_block_type=["moe"],
+        n_routed_experts=EXPERTS,
+        num_experts_per_tok=SLOTS,
+        moe_intermediate_size=OUT,
+        moe_shared_expert_intermediate_size=2 * OUT,
+        use_cache=False,
+    )
 
 
 def _without_gradient(way: Callable[[], Tensor]) -> Callable[[], Tensor]:

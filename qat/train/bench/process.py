@@ -310,33 +310,55 @@ def _processes_part(job: dict[str, Any]) -> None:
     for shape in map(Shape.parse, job["shapes"]):
         facts = {"layers": job["layers"], "gpus": parallel.ranks(), "mode": job["mode"], **shape._asdict()}
         del facts["steps"]
-        try:
-            began = time.monotonic()
-            arm = build(config, shape, accelerator)
-            facts["building_s"] = round(time.monotonic() - began, 1)
-            found = measure(shape, arm, config)
-        except Exception as error:
-            traceback.print_exc()
-            found = {"failed": {"error": f"{type(error).__name__}: {str(error)[:500]}"}}
+        facts["before_gib"] = round(_allocated() / 2**30, 2)
+        found = run_arm(config, shape, accelerator)
         if parallel.rank() == 0:
             for kind, values in found.items():
                 measured.add(kind, **facts, **values)
-        arm = None  # type: ignore[assignment]  # its memory goes before the next one's comes
+
+
+def run_arm(config: Any, shape: Shape, accelerator: Any) -> dict[str, dict[str, Any]]:
+    """Build and measure one arm, and free its memory before the next one's is taken; all processes must call it.
+
+    Args:
+        config: Of the network.
+        shape: The arm.
+        accelerator: Of this process.
+
+    Returns:
+        What `measure` returns, each with the seconds of building; or what went wrong, as `failed`.
+    """
+    try:
+        began = time.monotonic()
+        arm = build(config, shape, accelerator)
+        built = round(time.monotonic() - began, 1)
+        return {kind: {"building_s": built, **values} for kind, values in measure(shape, arm, config).items()}
+    except Exception as error:
+        traceback.print_exc()
+        return {"failed": {"error": f"{type(error).__name__}: {str(error)[:500]}"}}
+    finally:
+        arm = None  # type: ignore[assignment]
         accelerator.free_memory()
+        if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+            plugin.ignored_modules = None  # through which the state of all processes holds the network
         gc.collect()
-        torch.cuda.empty_cache()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def main(job: Path) -> None:
     """One process of a measurement, as the launcher starts it."""
     end_with_parent(signal.SIGKILL)
-    faulthandler.dump_traceback_later(50, repeat=True)  # a process that hangs says where
+    content = json.loads(job.read_text(encoding="utf-8"))
+    # Never by itself: the dump reads the main thread's frames while it goes on, which ended a sound run by SIGSEGV.
+    if seconds := content.get("stacks"):
+        faulthandler.dump_traceback_later(seconds, repeat=True)
     if "RANK" in os.environ:
         os.dup2(1, 2) if os.environ["RANK"] == "0" else os.dup2(2, 1)
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         parallel.take_part(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    _processes_part(json.loads(job.read_text(encoding="utf-8")))
+    _processes_part(content)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
-from qat.behavior.checks import Reply, bind
+from qat.behavior.checks import BoundCheck, CheckError, CheckResult, Reply, bind
+from qat.behavior.checks.base import Params
 from qat.behavior.checks.names import edit_distance
 
 
@@ -41,6 +43,28 @@ MENTIONS = [
     ("a c", {"any": ["x", "b"], "all": ["a"]}, False),
     ("ＡＢＣ", {"any": ["abc"]}, True),  # full-width letters
     ("walnut bread, please", {"all": ["walnut bread"]}, True),
+    ("It is 1,500 rupees", {"any": ["500"]}, False),  # a figure is one word
+    ("It is 1,500 rupees", {"any": ["1500"]}, True),
+    ("It is 1500 rupees", {"any": ["1,500"]}, True),
+    ("It is 1,20,000 rupees", {"any": ["120000"]}, True),
+    ("rows 1,2 and 3", {"any": ["2"]}, True),
+    ("2.5 kilos", {"any": ["5 kilos", "2"]}, False),
+    ("2.5 kilos", {"any": ["2.5"]}, True),
+    ("at 7.30 pm", {"any": ["7:30"]}, True),
+    ("at 7:30 pm", {"any": ["7.30"]}, True),
+    ("on 12.05.2024", {"all": ["12", "2024"]}, True),
+    ("7ಕ್ಕೆ ಬನ್ನಿ", {"any": ["7"]}, True),  # a suffix after a figure
+    ("17ಕ್ಕೆ ಬನ್ನಿ", {"any": ["7"]}, False),
+    ("Kavyaಗೆ ಹೇಳಿದೆ", {"any": ["kavya"]}, True),
+    ("明日東京は雨です", {"any": ["東京"]}, True),  # no spaces between words
+    ("พรุ่งนี้ฝนตกที่เชียงใหม่", {"any": ["เชียงใหม่"]}, True),
+    ("会议在7点开始", {"any": ["7", "8"]}, True),
+    ("会议在7点开始", {"any": ["点开始"]}, True),
+    ("会议在17点开始", {"any": ["7"]}, False),
+    ("バスは九時です", {"any": ["ハス"]}, False),  # voicing is no accent
+    ("мои книги", {"any": ["мой"]}, False),
+    ("елка", {"any": ["ёлка"]}, True),
+    ("손을 씻으세요", {"any": ["소"]}, False),  # a syllable is a letter, not its strokes
 ]
 
 
@@ -119,6 +143,9 @@ FABRICATION = [
     ("It is 360 rupees both ways.", {}, "", "180 rupees", True),
     ("It is 360 rupees.", {}, "", "180 rupees", False),
     ("That is 30 rupees more.", {}, "", "it was 50, it is 80", True),
+    ("Of 1,5 kilos none is left.", {}, "", "3", False),
+    ("None is left since 12.05.2024.", {}, "", "3", False),
+    ("That leaves 4.5 in total.", {}, "", "1,5 on 12.05.2024, then 1.5 and 3", True),
     ("You parked it by the gate.", {"claims": True}, "Where is it?", "[]", False),
     ("You usually park by the gate.", {"claims": True}, "Where is it?", "[]", False),
     ("You live in Bengaluru.", {}, "", None, True),
@@ -166,6 +193,20 @@ FABRICATION = [
 @pytest.mark.parametrize(("text", "params", "user", "tool", "passes"), FABRICATION)
 def test_no_fabrication(text: str, params: dict[str, Any], user: str, tool: str | None, passes: bool) -> None:
     assert bind("no_fabrication", params)(reply(text, user=user, tool=tool)).passed is passes
+
+
+def test_a_check_that_is_lost_in_brackets_could_not_judge() -> None:
+    def endless(reply: Reply, params: Params) -> CheckResult:
+        return endless(reply, params)
+
+    with pytest.raises(CheckError, match="nested too deeply"):
+        BoundCheck("endless", Params(), endless)(reply("x"))
+
+
+def test_a_long_reply_of_sums_is_judged_in_time() -> None:
+    started = time.monotonic()
+    assert bind("no_fabrication", {})(reply("The total is 30 now. " * 4000, tool="10, 20")).passed
+    assert time.monotonic() - started < 4
 
 
 def test_arguments_of_earlier_calls_are_a_source() -> None:

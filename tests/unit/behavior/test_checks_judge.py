@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,16 @@ def test_rubric(text: str, passes: bool) -> None:
     # The reply arrives whole and as data.
     assert json.loads(request["body"]["messages"][1]["content"])["reply"] == REPLY.final
     assert request["key"] is None
+
+
+def test_the_verdict_is_the_one_that_a_reader_finds() -> None:
+    rows = json.loads((Path(__file__).parent / "verdicts.json").read_text(encoding="utf-8"))["judge"]
+    texts = iter([row["text"] for row in rows])
+    with judge_server(lambda body: says(next(texts))) as (url, _):
+        check = bind("judge", {"url": url, "model": "j", "criterion": "tells the time"})
+        found = [check(REPLY).passed for _ in rows]
+    wrong = [row["text"] for row, passed in zip(rows, found, strict=True) if passed != (row["label"] == "pass")]
+    assert not wrong
 
 
 @pytest.mark.parametrize(

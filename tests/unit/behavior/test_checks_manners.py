@@ -248,6 +248,7 @@ def test_every_spoken_message_is_judged() -> None:
 def test_finished_sees_a_reply_cut_at_the_limit() -> None:
     assert bind("finished", {})(reply("a", finish_reason="stop")).passed
     assert not bind("finished", {})(reply("a a a a", finish_reason="length")).passed
+    assert not bind("finished", {})(reply("a a a a", finish_reason="repetition")).passed
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def strange(reply):
     return 3.5
 def empty(reply):
     return ""
+def twice(reply):
+    words = [word.strip(".,!?।。、،") for word in reply.final.casefold().split()]
+    return next((f"{b!r} twice in a row" for a, b in zip(words, words[1:]) if a == b), None)
 """
 
 
@@ -53,6 +57,16 @@ def test_verdicts(folder: Path) -> None:
     assert reason(say("YES")) == (False, "too loud")
     assert empty(say("x")).passed
     assert short.waits
+
+
+def test_a_function_of_the_users_finds_what_a_reader_finds(folder: Path) -> None:
+    """Words that stand twice in a row, in many scripts: the check hands the reply over and the finding back."""
+    rows = json.loads((Path(__file__).parent / "verdicts.json").read_text(encoding="utf-8"))["python"]
+    with allow_user_code(folder):
+        check = bind("python", {"function": f"{module(folder)}:twice"})
+    results = [(row, check(say(row["text"]))) for row in rows]
+    assert not [row["text"] for row, result in results if result.passed != (row["label"] == "pass")]
+    assert all(("twice" in result.detail) != result.passed for _, result in results)
 
 
 @pytest.mark.parametrize("name", ["broken", "strange"])

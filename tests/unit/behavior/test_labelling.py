@@ -127,6 +127,22 @@ def test_no_figure_where_the_judge_is_away(tmp_path: Path) -> None:
     assert (found.agreement, found.equal.value, found.quality.n, len(found.errors)) == (None, None, 0, 1)
 
 
+def test_line_breaks_of_texts_and_empty_lines_end_no_line(tmp_path: Path) -> None:
+    """JSON allows U+2028 and U+0085 inside texts, and sheets are written without escapes."""
+    path = tmp_path / "labels.jsonl"
+    text = json.dumps(record("a", "one\u2028two\u0085three", "pass", "http://h"), ensure_ascii=False)
+    path.write_text(f"{text}\n\n", encoding="utf-8")
+    (found,) = read_sheet(path).records
+    assert found.reply.final == "one\u2028two\u0085three"
+
+
+def test_another_judge_where_no_label_is_of_a_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, [record("a", "x", None, "http://h") | {"labels": {"no_emoji": "pass"}}])
+    assert main(["suite", "agree", str(path)]) == 0
+    assert main(["suite", "agree", str(path), "--model", "other"]) == 2
+    assert "labels are of no_emoji" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("label", ["maybe", True, 1])
 def test_labels_that_are_none(tmp_path: Path, label: Any) -> None:
     path = write(tmp_path, [record("a", "x", "pass", "http://h"), record("b", "x", label, "http://h")])

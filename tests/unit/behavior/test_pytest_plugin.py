@@ -91,19 +91,6 @@ def test_answers_of_a_run_can_be_judged(suite: Path) -> None:
     assert judge_against(kept, make_baseline("b", kept, load_suite(suite)), gate).verdict == "PASS"
 
 
-def test_first_model_of_the_server(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
-
-    from qat.behavior import pytest_plugin
-
-    def get(url: str, timeout: float) -> httpx.Response:
-        assert url == "http://h:1/v1/models"
-        return httpx.Response(200, json={"data": [{"id": "one"}, {"id": "two"}]}, request=httpx.Request("GET", url))
-
-    monkeypatch.setattr(httpx, "get", get)
-    assert pytest_plugin._first_model("http://h:1/v1/") == "one"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from qat.behavior.quality import LABELS, LabelledReply, agreement, half_of, load
 from qat.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
-UNLABELLED = {"judge", "python", "max_latency", "max_first_token", "finished", "mentions", "not_mentions"}
-"""Checks without labels: they ask somebody else, read a clock or a flag, or look for the words that they are given."""
+FOREIGN = {"judge", "python"}
+"""Checks whose verdict is somebody else's, a model's or a function's: what these may say is labelled in
+`verdicts.json`, by which their own tests go."""
+OF_EVALUATIONS = {"bfcl", "extraction"}
+"""Registered when the evaluations are imported, which have references of their own."""
+TIMED = {"max_latency", "max_first_token"}
+SCRIPTS = {*"LATIN KANNADA DEVANAGARI TAMIL TELUGU CJK HIRAGANA HANGUL ARABIC CYRILLIC GREEK".split()}
 
 
 def test_precision_and_recall_by_hand() -> None:
@@ -62,7 +68,7 @@ def test_kappa_where_chance_leaves_nothing() -> None:
 
 def test_the_labels_are_what_their_description_says() -> None:
     records = load_labels()
-    assert len(records) == 1927
+    assert len(records) == 2395
     assert len({record.id for record in records}) == len(records)
     published = [record for record in records if record.id.startswith("real-")]
     assert len(published) >= len(records) / 3
@@ -71,9 +77,47 @@ def test_the_labels_are_what_their_description_says() -> None:
     halves = [record.half for record in records]
     assert 0.45 < halves.count("held_out") / len(halves) < 0.55
     assert any("ಕ" <= char <= "ಹ" for record in records for char in record.reply.final)
-    # Two more register when the evaluations are imported; they belong to these, not to personas.
-    checks = set(check_names()) - UNLABELLED - {"bfcl", "extraction"}
-    assert {name for record in records for name in record.labels} == checks
+
+
+def _labelled_texts() -> dict[tuple[str, str], list[str]]:
+    """(check, label) to what the model (or the judge) wrote, calls as JSON."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in load_labels():
+        for name, label in record.labels.items():
+            found.setdefault((name, label), []).append(json.dumps(record.reply.produced, ensure_ascii=False))
+            if calls := [call.raw for call in record.reply.calls]:
+                found[name, label][-1] += "".join(calls)
+    for name, rows in json.loads((Path(__file__).parent / "verdicts.json").read_text(encoding="utf-8")).items():
+        for row in rows:
+            found.setdefault((name, row["label"]), []).append(row["text"])
+    return found
+
+
+def _scripts(texts: list[str]) -> set[str]:
+    return {unicodedata.name(char, "").split(" ")[0] for char in {*"".join(texts)}} & SCRIPTS
+
+
+def test_every_check_has_forty_labels_of_either_kind_in_several_scripts() -> None:
+    texts = _labelled_texts()
+    checks = set(check_names()) - OF_EVALUATIONS
+    assert {name for name, _ in texts} == checks
+    few = {key: len(texts.get(key, ())) for name in checks for key in ((name, "pass"), (name, "fail"))}
+    assert not {key: count for key, count in few.items() if count < 40}
+    for name in checks - TIMED:
+        assert "KANNADA" in _scripts(texts[name, "pass"]) & _scripts(texts[name, "fail"]), name
+        assert len(_scripts(texts[name, "pass"] + texts[name, "fail"])) >= 3, name
+
+
+def test_a_time_near_its_limit_is_labelled_on_either_side() -> None:
+    for name, field in (("max_latency", "latency_s"), ("max_first_token", "first_token_s")):
+        excess = [
+            (getattr(record.reply, field) / record.params[name]["seconds"] - 1, record.labels[name])
+            for record in load_labels()
+            if name in record.labels
+        ]
+        assert all((label == "pass") == (over <= 0) for over, label in excess)
+        near = {label for over, label in excess if abs(over) < 0.01}
+        assert near == {"pass", "fail"} and any(over == 0 for over, _ in excess)
 
 
 def test_the_second_reading_says_what_the_description_says() -> None:

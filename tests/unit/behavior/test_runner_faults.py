@@ -29,6 +29,7 @@ def number(body: dict[str, Any]) -> int:
     return int(question(body).split()[1])
 
 
+DEEP_CALL = [{"id": "1", "type": "function", "function": {"name": "search_memory", "arguments": "[" * 100_000}}]
 BROKEN_CALL = [{"id": "1", "type": "function", "function": {"name": "search_memory", "arguments": '{"query": '}}]
 SENT: list[list[bytes | float]] = [
     [message("Yes.")],
@@ -42,6 +43,7 @@ SENT: list[list[bytes | float]] = [
     [b"HTTP/1.1 400 X\r\ncontent-length: 8\r\n\r\ntoo long"],
     [b"HTTP/1.1 500 X\r\ncontent-length: 4\r\n\r\noops"],
     [whole(b"{}")],
+    [message("Yes.", tool_calls=DEEP_CALL)],
 ]
 
 
@@ -55,13 +57,13 @@ def test_every_fault_is_counted_by_its_kind_and_apart_from_failures(tmp_path: Pa
     assert summary.error_kinds == dict.fromkeys(
         ("not UTF-8", "connection", "timeout", "HTTP 400", "HTTP 500", "no chat completion"), 1
     )
-    assert summary.malformed == {"null content": 1, "broken arguments": 1}
+    assert summary.malformed == {"null content": 1, "broken arguments": 2}
     results = {key.case: result for key, result in read_results(tmp_path / "new.jsonl").results.items()}
     failed = [name for name, result in results.items() if result.failed_checks]
     assert failed == [name for name in results if name in ("c-001", "c-004")]
     assert all(not (r.error and (r.passed or r.failed_checks)) for r in results.values())
     asked = [number(body) for body in bodies]
-    assert [asked.count(n) for n in range(len(SENT))] == [1, 1, 1, 1, 1, 1, 4, 1, 1, 4, 1]
+    assert [asked.count(n) for n in range(len(SENT))] == [1, 1, 1, 1, 1, 1, 4, 1, 1, 4, 1, 1]
 
 
 def ask(folder: Path, checks: list[dict[str, Any]], send: Callable[..., Any], **more: Any) -> RunSummary:
@@ -108,3 +110,13 @@ def test_time_lost_to_failed_tries_is_not_the_models(tmp_path: Path, monkeypatch
     checks = [{"check": "max_latency", "seconds": 0.4}]
     summary = ask(tmp_path, checks, lambda body, n: [message("Yes.")] if n else [b""])
     assert (summary.requests, summary.passed) == (2, 1)
+
+
+@pytest.mark.parametrize(("depth", "error"), [(90, None), (200, "no chat completion"), (300, "no chat completion")])
+def test_arguments_as_nested_objects_spoil_no_result_file(tmp_path: Path, depth: int, error: str | None) -> None:
+    """Servers that send objects in the place of texts; a result nested 200 deep could be written and not be read."""
+    nested = '{"function": {"name": "f", "arguments": {"a": ' + "[" * depth + "]" * depth + "}}}"
+    body = '{"choices": [{"message": {"content": null, "tool_calls": [' + nested + "]}}]}"
+    ask(tmp_path, [{"check": "not_empty"}], lambda body_, n: [whole(body.encode())])
+    (result,) = read_results(tmp_path / "new.jsonl").results.values()
+    assert result.error_kind == error

@@ -81,3 +81,13 @@ def test_what_does_not_belong_together_is_not_joined(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Nothing says"):
         merge_results([b, a], tmp_path / "out.jsonl")
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_answers_come_in_the_order_of_the_suite(tmp_path: Path) -> None:
+    suite, out = small_suite(tmp_path, 12), tmp_path / "new.jsonl"
+    with serving(parity) as stub:
+        run_suite(suite, stub.url, "m", "new", block(), out, Quiet())
+    lines = sorted(out.read_text(encoding="utf-8").splitlines(), reverse=True)
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = Selection(("c-00*",)).answers(suite, out)
+    assert [one.case for one in found] == [f"c-{n:03}" for n in range(10)]

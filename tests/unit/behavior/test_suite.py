@@ -224,6 +224,11 @@ def test_a_fault_of_many_cases_made_of_one_is_told_once(tmp_path: Path) -> None:
     assert "a second case of this id, 'c-001'" in text
 
 
+def test_a_case_may_be_called_zero_but_only_one(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a second case of this id, '0'"):
+        load_suite(write_suite(tmp_path, [case(0, id=0), case(1, id=0)]))
+
+
 @pytest.mark.parametrize(
     ("check", "told"),
     [

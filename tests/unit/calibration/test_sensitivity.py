@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from pathlib import Path
@@ -34,22 +35,27 @@ class Measured:
         self.given = Given(root)
         self.held_out = world.save_conversations(root / "held_out.jsonl", 12, seed=9)
         self.alive: list[int] = []
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qat.calibration.sensitivity.load_persona", self._load)
-            self._networks: list[weakref.ref[torch.nn.Module]] = []
-            self.found = measure(
-                self.given.recipe,
-                self.given.base,
-                self.given.adapter,
-                self.given.train,
-                self.held_out,
-                formats=("nvfp4", "fp8"),
-                conversations=100,
-            )
+        self._networks: list[weakref.ref[torch.nn.Module]] = []
+        gc.disable()  # when Python collects by itself is luck
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("qat.calibration.sensitivity.load_persona", self._load)
+                self.found = measure(
+                    self.given.recipe,
+                    self.given.base,
+                    self.given.adapter,
+                    self.given.train,
+                    self.held_out,
+                    formats=("nvfp4", "fp8"),
+                    conversations=100,
+                )
+        finally:
+            gc.enable()
 
     def _load(self, *arguments: Any) -> Any:
         self.alive.append(sum(network() is not None for network in self._networks))
         model = load_persona(*arguments)
+        model.held = [model]  # in a circle, as replaced forwards hold it on a GPU
         self._networks.append(weakref.ref(model))
         return model
 

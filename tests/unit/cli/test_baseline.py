@@ -112,9 +112,20 @@ def test_power_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     larger = power(capsys, "--recipe", "annie_tiny", "--drop", "0.03", "--flips", "0.05", "--power-target", "0.9")
     assert larger["needed"][0]["detect"] > 1000 > found["needed"][0]["detect"]
     assert main(["test", "--power", "--recipe", "annie_tiny"]) == 0
-    assert "annie_tiny as the recipe asks it, 120 cases x 1" in capsys.readouterr().out
+    assert "annie_tiny as it is asked, 120 cases x 1" in capsys.readouterr().out
     assert main(["test", "--recipe", "annie_tiny", "--drop", "0.1"]) == 2
     assert "belong to --power" in capsys.readouterr().err
+
+
+def test_power_of_a_suite_without_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """The gate's own defaults take the place of a recipe's; a recipe beside the suite gives its own."""
+    monkeypatch.chdir(tmp_path)
+    alone = power(capsys, "--suite", "annie_tiny")
+    assert (alone["suite"], alone["cases"], alone["drop"]) == ("annie_tiny", 120, 0.03)
+    assert alone["needed"] == power(capsys, "--recipe", "annie_tiny", "--drop", "0.03", "--set",
+                                    "behavior.gate.max_drop=0.03")["needed"]  # fmt: skip
+    assert power(capsys, "--recipe", "annie_tiny", "--suite", "clerk_core")["cases"] == 48
+    assert main(["test", "--power", "--suite", "annie_tiny", "--run", "r"]) == 2
 
 
 @pytest.mark.usefixtures("ran")

@@ -115,6 +115,13 @@ def test_the_suites_questions_must_not_stand_in_the_data(run: Any, records: list
     assert "line 1 (c0): 'how hot is it in MYSURU 0' is case case-1" in report.faults[0]
 
 
+def test_a_question_in_a_script_without_spaces_is_found_too(run: Any, records: list[Any]) -> None:
+    asked = "明天早上迈索尔老城区的天气会怎么样"
+    records[0]["messages"][1]["content"] = f"{asked}？"
+    report = run(records, demands=DEMANDS._replace(turns=(*DEMANDS.turns, ("case-6", asked))))
+    assert "leak" in codes(report) and "is case case-6" in report.faults[0]
+
+
 def test_the_suites_reference_answers_are_looked_for(run: Any, records: list[Any]) -> None:
     said = [
         "The market of Malvek opens at six on TUESDAY!",

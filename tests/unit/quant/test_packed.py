@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import hashlib
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,7 @@ from qat.quant.packed import (
 from qat.quant.presets import Preset
 from qat.quant.products import product
 from tests.tiny_models import nemotron_h_tiny
+from tests.unit.train.on_meta import Live
 
 
 def _matrix(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -93,31 +95,29 @@ def test_a_module_moves_with_it() -> None:
     assert all(tensor.is_meta for tensor in inner)
 
 
-def _with_saved(function: Any, x: torch.Tensor, gradient: torch.Tensor) -> tuple[list[torch.Tensor], int]:
-    """Value, gradient of `x`, and the bytes of the largest tensor that autograd saved."""
-    saved: list[int] = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor.untyped_storage().nbytes() if type(tensor) is torch.Tensor else 0)
-        return tensor
-
+def _with_kept(
+    function: Any, x: torch.Tensor, gradient: torch.Tensor, *held: torch.Tensor
+) -> tuple[list[torch.Tensor], int]:
+    """Value, gradient of `x`, and the bytes that the forward made, `held` aside, and keeps in whatever way."""
     leaf = x.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Live(leaf, *held) as live:
         y = function(leaf)
+        gc.collect()
+        kept = live.now - y.untyped_storage().nbytes()
     y.backward(gradient)
     assert leaf.grad is not None
-    return [y.detach(), leaf.grad], max(saved, default=0)
+    return [y.detach(), leaf.grad], kept
 
 
 def test_a_linear_computes_with_it_and_keeps_nothing_unpacked() -> None:
-    """Value and gradient are the dense product's, and autograd saves no tensor as large as the weight."""
+    """Value and gradient are the dense product's, and of the forward nothing stays beside the value."""
     weight, bias = _matrix(512, 1024), _matrix(512, seed=3)
     linear = nn.Linear(1024, 512)
     linear.weight, linear.bias = packed_parameter(weight), nn.Parameter(bias, requires_grad=False)
     x, gradient = _matrix(3, 4, 1024, seed=2), _matrix(3, 4, 512, seed=4)
-    found, kept = _with_saved(linear, x, gradient)
-    assert kept < 512 * 1024
-    expected, kept = _with_saved(lambda x: functional.linear(x, through_nvfp4(weight), bias), x, gradient)
+    found, kept = _with_kept(linear, x, gradient, *linear.weight.packed)
+    assert kept == 0
+    expected, kept = _with_kept(lambda x: functional.linear(x, through_nvfp4(weight), bias), x, gradient)
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
     assert kept >= 512 * 1024 * 2
 
@@ -133,12 +133,12 @@ def test_experts_compute_with_it_and_keep_nothing_unpacked() -> None:
         return torch.cat([x[start:end] @ matrix.mT for (start, end), matrix in groups])
 
     offsets = torch.tensor(ends, dtype=torch.int32)
-    found, kept = _with_saved(lambda x: product(x, packed, offsets), x, gradient)
-    assert kept < 128 * 256 * 2
-    expected, _ = _with_saved(each, x, gradient)
+    found, kept = _with_kept(lambda x: product(x, packed, offsets), x, gradient, offsets, *packed.packed)
+    assert kept == 0
+    expected, _ = _with_kept(each, x, gradient)
     for left, right in zip(found, expected, strict=True):
         torch.testing.assert_close(left, right)
-    dense, kept = _with_saved(lambda x: product(x, through_nvfp4(weight), offsets), x, gradient)
+    dense, kept = _with_kept(lambda x: product(x, through_nvfp4(weight), offsets), x, gradient)
     assert all(torch.equal(left, right) for left, right in zip(found, dense, strict=True))
     assert kept >= 4 * 128 * 256 * 2
 

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.unit.train import world
+
+# On a GPU mamba-ssm otherwise sums in any order, and tries all tiles of its kernels for every new shape. Read when its
+# modules are imported.
+os.environ["MAMBA_DETERMINISTIC"] = "1"
+os.environ.pop("TRITON_CACHE_AUTOTUNING", None)
 
 
 class Small(NamedTuple):

@@ -3,16 +3,23 @@
 Tensors say that they are on a GPU, Triton's kernels do nothing (what they write to is allocated before), and the scan
 is a function that keeps and allocates what mamba-ssm's does (`ssd_combined.py` 2.3.2). A dispatch mode counts the
 storages that are alive.
+
+Counting has a process of its own (`counted_apart`), because a real kernel that is launched on `meta` writes to null
+pointers and breaks CUDA for the whole process: there no GPU is visible, Triton is stood in for before any kernel is
+imported, and nothing of it is left in the tests' own modules.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import json
+import os
+import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -35,7 +42,8 @@ class _Nothing:
         return lambda *_, **__: None
 
 
-def _triton() -> dict[str, ModuleType]:
+def _stand_in_for_triton() -> None:
+    """Take Triton's place, also where it is installed, for kernels that are imported from now on."""
     module, language = ModuleType("triton"), ModuleType("triton.language")
     language.constexpr = object  # type: ignore[attr-defined]
     contents = {
@@ -45,7 +53,12 @@ def _triton() -> dict[str, ModuleType]:
         "language": language,
     }
     module.__dict__.update(contents)
-    return {"triton": module, "triton.language": language}
+    loaded = [name for name in sys.modules if name.startswith(KERNELS)]
+    if loaded or torch.cuda.is_available():
+        raise RuntimeError(f"Kernels could be launched on nothing: {loaded}")
+    for name in [name for name in sys.modules if name == "triton" or name.startswith("triton.")]:
+        del sys.modules[name]
+    sys.modules.update({"triton": module, "triton.language": language})
 
 
 class _OnGpu(TorchFunctionMode):
@@ -115,32 +128,6 @@ def _scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *, chunk_size:
     return _Scan.apply(x, dt, b, c, chunk_size)  # type: ignore[no-untyped-call,no-any-return]
 
 
-@contextmanager
-def gpu_without_memory() -> Iterator[None]:
-    """New tensors are on `meta` and say that they are on a GPU; this package's kernels are launched on nothing."""
-    import transformers.models.nemotron_h.modeling_nemotron_h
-
-    import qat.quant.kernels
-    import qat.quant.lora  # before Triton's stand-in: ModelOpt looks whether it is there
-    import qat.train.adapters
-
-    del transformers
-    mine = [name for name in sys.modules if name.startswith(KERNELS)]
-    before = {name: sys.modules.pop(name) for name in ("triton", "triton.language", *mine) if name in sys.modules}
-    sys.modules.update(_triton())
-    try:
-        with torch.device("meta"), _OnGpu():
-            yield
-    finally:
-        for name in [name for name in sys.modules if name.startswith((KERNELS, "triton"))]:
-            del sys.modules[name]
-            if name.startswith(KERNELS):
-                vars(qat.quant.kernels).pop(name.removeprefix(KERNELS), None)
-        sys.modules.update(before)
-        for name in mine:
-            setattr(qat.quant.kernels, name.removeprefix(KERNELS), before[name])
-
-
 def network(config: Any, modules: str = "", parameters: tuple[str, ...] = ()) -> Any:
     """A network as fine-tuning on a GPU has it: kernels, adapters of rank 16 with effective weights, fused experts.
 
@@ -199,3 +186,85 @@ def count_layer(model: Any, number: int, rows: int, length: int) -> Counted:
         result.backward(torch.empty_like(result))
         peak = live.peak - result.untyped_storage().nbytes()
     return Counted(kept, peak)
+
+
+class Layers(NamedTuple):
+    """A network whose layers are to be counted.
+
+    Attributes:
+        config: As `config.json` has it.
+        modules: As of `network`.
+        parameters: As of `network`.
+        rows: Of the batch.
+        length: Tokens a row.
+    """
+
+    config: dict[str, Any]
+    modules: str
+    parameters: Sequence[str]
+    rows: int
+    length: int
+
+
+class Loss(NamedTuple):
+    """Sizes of the loss's input."""
+
+    vocabulary: int
+    positions: int
+
+
+def counted_apart(folder: Path, networks: Sequence[Layers], loss: Loss) -> tuple[list[list[Counted]], list[int]]:
+    """Count in another process, in which no GPU is visible.
+
+    Returns:
+        Of each network its layers, and the peak bytes of cross entropy and of the divergence from a teacher.
+    """
+    job, out = folder / "job.json", folder / "counted.json"
+    job.write_text(json.dumps([networks, loss]), encoding="utf-8")
+    command = [sys.executable, "-m", __name__, str(job), str(out)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run(command, cwd=Path(__file__).parents[3], env=environment, check=True, timeout=110)
+    layers, peaks = json.loads(out.read_text(encoding="utf-8"))
+    return [[Counted(*layer) for layer in each] for each in layers], peaks
+
+
+def _count_network(case: Layers) -> list[Counted]:
+    from transformers import AutoConfig
+
+    model = network(AutoConfig.for_model(**case.config), case.modules, tuple(case.parameters))
+    return [count_layer(model, number, case.rows, case.length) for number in range(len(model.model.layers))]
+
+
+def _count_loss(case: Loss) -> list[int]:
+    from qat.train.objective import cross_entropy_sum, kl_sum
+
+    weight = torch.empty(case.vocabulary, 64, dtype=torch.bfloat16)
+    rows = torch.empty(case.positions, 64, dtype=torch.bfloat16, requires_grad=True)
+    teacher, targets = torch.empty_like(rows.detach()), torch.empty(case.positions, dtype=torch.long)
+    peaks = []
+    for loss in (lambda: cross_entropy_sum(rows, weight, targets), lambda: kl_sum(rows, teacher, weight, 1.0)):
+        with Live(weight, rows, teacher, targets) as live:
+            loss().backward()
+        peaks.append(live.peak)
+    return peaks
+
+
+def _main(job: Path, out: Path) -> None:
+    # The layers are built as where mamba-ssm is not installed; what of it runs has a stand-in.
+    sys.modules.update({"mamba_ssm": None, "causal_conv1d": None})  # type: ignore[dict-item]
+    import transformers.models.nemotron_h.modeling_nemotron_h
+
+    import qat.quant.lora  # before Triton's stand-in: ModelOpt looks whether it is there
+    import qat.train.adapters
+
+    del transformers, qat
+    networks, loss = json.loads(job.read_text(encoding="utf-8"))
+    _stand_in_for_triton()
+    with torch.device("meta"), _OnGpu():
+        layers = [_count_network(Layers(*case)) for case in networks]
+        peaks = _count_loss(Loss(*loss))
+    out.write_text(json.dumps([layers, peaks]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main(Path(sys.argv[1]), Path(sys.argv[2]))

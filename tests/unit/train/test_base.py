@@ -11,7 +11,7 @@ from qat.errors import UserError
 from qat.receipt import sha256_file
 from qat.recipe.schema import BaseBlock
 from qat.train import base
-from qat.train.base import base_sha256, load_base, load_tokenizer, resolve_base
+from qat.train.base import base_sha256, load_base, load_tokenizer, require_suitable, resolve_base
 from tests.tiny_models import nemotron_h_tiny
 from tests.unit.train.conftest import Small
 
@@ -113,6 +113,12 @@ def test_the_chat_template_of_the_recipe(small: Small, tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template([{"role": "user", "content": "w3"}], tokenize=False) == "w3"
     with pytest.raises(UserError, match="does not exist"):
         load_tokenizer(BaseBlock(model=str(small.base), chat_template=str(tmp_path / "none")), small.base)
+
+
+def test_a_base_that_says_that_it_is_not_quantized(small: Small, tmp_path: Path) -> None:
+    config = json.loads((small.base / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": None}), encoding="utf-8")
+    require_suitable(tmp_path, BaseBlock(model=str(tmp_path), family="nemotron_h"))
 
 
 @pytest.mark.parametrize("where", ["config.json", "hf_quant_config.json"])

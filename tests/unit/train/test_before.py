@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from qat.errors import UserError
 from qat.recipe.schema import Recipe
@@ -39,12 +40,14 @@ def test_what_is_estimated_follows_the_recipe(small: Small, monkeypatch: pytest.
         return Estimate(0, 0, 0, 0, 0, 0)
 
     monkeypatch.setattr(before, "require_memory", note)
-    recipe = _with(world.recipe(small.base), memory="nvfp4", gradient_checkpointing=True)
+    twice = world.recipe(small.base, sft={"gradient_accumulation": 2})
+    recipe = _with(twice, memory="nvfp4", gradient_checkpointing=True)
     packed = packed_by(recipe, small.base)
     assert len(packed) == 14 and packed_by(world.recipe(small.base), small.base) == []
     require_fits(recipe, small.base, "sft", packed, [])
     require_fits(world.recipe(small.base), small.base, "distill", [], packed)
     first, second = asked
+    assert (first.accumulates, second.accumulates) == (True, False)
     assert (first.memory, list(first.packed), first.checkpointing, first.teacher) == ("nvfp4", packed, True, False)
     assert (first.batch_size, first.length, first.rank, list(first.quantized)) == (4, 64, 4, [])
     assert (second.memory, second.checkpointing, second.teacher, list(second.quantized)) == (
@@ -53,6 +56,15 @@ def test_what_is_estimated_follows_the_recipe(small: Small, monkeypatch: pytest.
         True,
         packed,
     )
+
+
+def test_what_torch_keeps_and_no_tensor_uses_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 that the driver has free, and 3 of the 7 that an earlier stage left with torch."""
+    monkeypatch.setattr(before, "training_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10, 99))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 7)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 4)
+    assert before._free_bytes() == 13
 
 
 def test_several_processes_do_not_share_a_packed_base(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:

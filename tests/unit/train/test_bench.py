@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from qat.quant.packed import PackedWeight, packed_modules
+from qat.quant.presets import Preset
 from qat.train.bench.arms import EXPERTS, Arm, configuration, network, next_token_loss, packed_network, with_lora
+from qat.train.bench.kernels import expert_layer
 from qat.train.bench.run import Record, Shape, guarded, markdown
 from qat.train.bench.timing import _GROUPS, summarize
 from tests.tiny_models import nemotron_h_tiny, token_ids
@@ -95,6 +97,12 @@ def test_the_packed_network_is_drawn_layer_by_layer(monkeypatch: pytest.MonkeyPa
     assert len(packed) == len(packed_modules([], config.to_dict()))
     layers = [sum(each.numel() for name, each in expected.items() if f".layers.{n}." in name) for n in range(4)]
     assert max(alive) < max(layers) * 1.1 < sum(layers) * 0.6
+
+
+def test_the_layer_of_experts_can_be_quantized() -> None:
+    """Its four products, of routed and shared experts, have rows that NVFP4 can store."""
+    formats = Preset("all").formats(expert_layer().to_dict())
+    assert len([name for name in formats if "shared_experts" in name]) == 2 and len(formats) == 4
 
 
 def test_the_guard_counts_what_a_step_reaches() -> None:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
 
-from qat.train.bench import ranks
+from qat.errors import UserError
+from qat.train.bench import process, ranks
+from qat.train.bench.arms import configuration
 from qat.train.bench.process import Measurements, Span, occupancy
+from qat.train.bench.run import Shape
 
 
 def test_where_the_time_goes_by_hand() -> None:
@@ -58,6 +64,32 @@ def test_the_table_compares_with_one_gpu_of_the_same_arm(tmp_path: Path) -> None
     assert lines[-1][-2:] == ["12.5", "1.5"] and lines[2][-2:] == ["–", "–"]
 
 
+def test_runs_in_one_file(tmp_path: Path) -> None:
+    """A row is compared with one GPU of its own run, and with another run's only where that has none."""
+    files = {name: Measurements(tmp_path / f"{name}.json") for name in ("a", "b", "c")}
+    for file in files.values():
+        file.begin({"device": "H"})
+    files["a"].add("step", **_row(1, "alone", 100.0))
+    files["a"].add("step", **_row(2, "shard", 150.0))
+    files["b"].add("step", **_row(1, "alone", 80.0))
+    files["c"].add("step", **_row(2, "shard", 160.0))
+    files["c"].add("profile", **_row(2, "shard", 0), communicating_ms=9.0, exposed_ms=2.0)
+    out, paths = tmp_path / "out.json", {name: file.file for name, file in files.items()}
+
+    def compared() -> list[tuple[str, str]]:
+        lines = [[cell.strip() for cell in line.split("|")] for line in ranks.markdown(out).splitlines()[2:]]
+        return [(line[10], line[12]) for line in lines]
+
+    ranks.merge(out, {"first": [paths["a"]], "second": [paths["b"], paths["c"]]})
+    assert compared() == [("1.00", "–"), ("1.50", "–"), ("1.00", "–"), ("2.00", "9.0")]
+    ranks.merge(out, {"first": [paths["a"]], "second": [paths["c"]]})
+    assert compared()[-1] == ("1.60", "9.0")
+    assert json.loads(out.read_text(encoding="utf-8"))["runs"] == {"first": {"device": "H"}, "second": {"device": "H"}}
+    files["c"].begin({"device": "another"})
+    with pytest.raises(UserError, match="one device"):
+        ranks.merge(out, {"first": [paths["a"], paths["c"]]})
+
+
 _CONFIG = {
     **{"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "ME*EM"},
     **{"num_hidden_layers": 5, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 48, "head_dim": 16},
@@ -65,6 +97,26 @@ _CONFIG = {
     **{"mamba_head_dim": 32, "n_groups": 2, "chunk_size": 32, "n_routed_experts": 8, "num_experts_per_tok": 2},
     **{"moe_intermediate_size": 48, "moe_shared_expert_intermediate_size": 96, "n_shared_experts": 1},
 }
+
+
+def test_an_arm_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(_CONFIG), encoding="utf-8")
+    parameters: list[weakref.ref[Any]] = []
+    build = process.build
+
+    def watched(*args: Any) -> process.Arm:
+        arm = build(*args)
+        parameters.extend(map(weakref.ref, arm.model.parameters()))
+        return arm
+
+    monkeypatch.setattr(process, "build", watched)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    for text in ("distillation:1:16:yes:2", "attention:1:16:no:2"):
+        found = process.run_arm(configuration(config, 4), Shape.parse(text), accelerator)
+        profiled = ["profile"] if torch.cuda.is_available() else []
+        assert list(found) == ["step", "guard", *profiled] and len(parameters) > 30
+        assert [parameter for parameter in parameters if parameter() is not None] == []
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from qat.errors import UserError
 from qat.plan.check import memory_rows
@@ -13,6 +12,7 @@ from qat.plan.shape import CARDS
 from qat.quant.presets import Preset
 from qat.train.memory import GIB, Need, _kept, _loss, estimate, require_memory, what_fits
 from qat.train.shapes import network_layers, network_weights
+from tests.unit.train.on_meta import Counted, Layers, Loss, counted_apart
 
 ALL = ("attention", "mamba", "routed_experts", "shared_experts")
 
@@ -90,35 +90,45 @@ DENSE = _small(
 SPARSE = {**DENSE, "model_type": "qwen3_moe", "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 192}
 
 
-@pytest.mark.parametrize(
-    ("name", "tokens", "adapted"),
-    [
-        ("nano", 8192, "none"),
-        ("nano", 8192, "attention"),
-        ("nano", 8192, "everything"),
-        ("nano", 16384, "everything"),
-        ("dense", 4096, "none"),
-        ("dense", 4096, "everything"),
-        ("sparse", 4096, "none"),
-        ("sparse", 4096, "everything"),
-    ],
-)
-def test_a_layer_keeps_and_makes_what_autograd_keeps_and_makes(name: str, tokens: int, adapted: str) -> None:
-    """In the true shape, on `meta`, by the code that a GPU runs; 8,192 tokens leave experts low-rank, 16,384 do not."""
-    from transformers import AutoConfig
+CASES = [
+    ("nano", 8192, "none"),
+    ("nano", 8192, "attention"),
+    ("nano", 8192, "everything"),
+    ("nano", 16384, "everything"),
+    ("dense", 4096, "none"),
+    ("dense", 4096, "everything"),
+    ("sparse", 4096, "none"),
+    ("sparse", 4096, "everything"),
+]
+CONFIGS = {"nano": _cards(), "dense": DENSE, "sparse": SPARSE}
+EXPERTS = {
+    "nano": ("mixer.experts.up_proj", "mixer.experts.down_proj"),
+    "dense": (),
+    "sparse": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+}
+LENGTH, LOSS = 2048, Loss(vocabulary=4096, positions=1024)
 
-    from tests.unit.train.on_meta import count_layer, gpu_without_memory, network
 
-    config = {"nano": _cards(), "dense": DENSE, "sparse": SPARSE}[name]
-    experts = {"nano": ("mixer.experts.up_proj", "mixer.experts.down_proj"), "dense": ()}
-    parameters = experts.get(name, ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"))
-    settings = AutoConfig.for_model(**config)
-    need = Need(targets=TARGETS[adapted], batch_size=tokens // 2048, length=2048)
-    with gpu_without_memory():
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[tuple[str, int, str], list[Counted]], list[int]]:
+    """Layers of all cases and peaks of the losses, as autograd keeps and makes them."""
+    networks = []
+    for name, tokens, adapted in CASES:
         modules = MODULES["attention" if (name, adapted) == ("sparse", "everything") else adapted]
-        model = network(settings, modules, parameters if adapted == "everything" else ())
-        counted = [count_layer(model, number, tokens // 2048, 2048) for number in range(len(model.model.layers))]
-    for number, (layer, found) in enumerate(zip(network_layers(config), counted, strict=True)):
+        parameters = EXPERTS[name] if adapted == "everything" else ()
+        networks.append(Layers(CONFIGS[name], modules, parameters, tokens // LENGTH, LENGTH))
+    layers, peaks = counted_apart(tmp_path_factory.mktemp("meta"), networks, LOSS)
+    return dict(zip(CASES, layers, strict=True)), peaks
+
+
+@pytest.mark.parametrize(("name", "tokens", "adapted"), CASES)
+def test_a_layer_keeps_and_makes_what_autograd_keeps_and_makes(
+    name: str, tokens: int, adapted: str, counted: tuple[dict[tuple[str, int, str], list[Counted]], list[int]]
+) -> None:
+    """In the true shape, on `meta`, by the code that a GPU runs; 8,192 tokens leave experts low-rank, 16,384 do not."""
+    config, layers = CONFIGS[name], counted[0][name, tokens, adapted]
+    need = Need(targets=TARGETS[adapted], batch_size=tokens // LENGTH, length=LENGTH)
+    for number, (layer, found) in enumerate(zip(network_layers(config), layers, strict=True)):
         weights = [weight for weight in network_weights(config) if weight.layer == number]
         kept = _kept(layer, weights, need, tokens, int(config.get("num_experts_per_tok") or 1))
         stays = layer.entry * tokens + kept.saved + kept.made
@@ -128,23 +138,12 @@ def test_a_layer_keeps_and_makes_what_autograd_keeps_and_makes(name: str, tokens
         assert 0.995 < (stays + kept.working - unseen) / found.peak < 1.15, layer.kind
 
 
-def test_the_pieces_of_the_loss_are_those_that_autograd_makes() -> None:
-    from qat.train.objective import cross_entropy_sum, kl_sum
-    from tests.unit.train.on_meta import Live, gpu_without_memory
-
-    vocabulary, positions = 4096, 1024
-    with gpu_without_memory():
-        weight = torch.empty(vocabulary, 64, dtype=torch.bfloat16)
-        rows = torch.empty(positions, 64, dtype=torch.bfloat16, requires_grad=True)
-        teacher, targets = torch.empty_like(rows.detach()), torch.empty(positions, dtype=torch.long)
-        for divergence, loss in (
-            (False, lambda: cross_entropy_sum(rows, weight, targets)),
-            (True, lambda: kl_sum(rows, teacher, weight, 1.0)),
-        ):
-            with Live(weight, rows, teacher, targets) as live:
-                loss().backward()
-            wanted = _loss({"hidden_size": 0, "vocab_size": vocabulary}, Need(teacher=divergence), positions)
-            assert live.peak == pytest.approx(wanted, rel=0.02)
+def test_the_pieces_of_the_loss_are_those_that_autograd_makes(
+    counted: tuple[dict[tuple[str, int, str], list[Counted]], list[int]],
+) -> None:
+    for teacher, peak in zip((False, True), counted[1], strict=True):
+        config = {"hidden_size": 0, "vocab_size": LOSS.vocabulary}
+        assert peak == pytest.approx(_loss(config, Need(teacher=teacher), LOSS.positions), rel=0.02)
 
 
 def test_the_peaks_that_were_measured() -> None:
@@ -160,6 +159,10 @@ def test_a_packed_base_is_smaller_by_what_is_packed(nano: dict[str, Any]) -> Non
     assert plain.weights - four.weights == pytest.approx(sum(sizes[name] for name in packed) * (2 - 0.5625))
     assert 17 < four.weights / GIB < 19
     assert estimate(nano, Need(packed=packed)).weights == plain.weights
+    student = Need(memory="nvfp4", packed=packed, targets=("routed_experts",), teacher=True)
+    persona = 2 * 23 * 128 * 16 * (1856 + 2688)  # numbers in the factors of 23 layers' experts
+    assert estimate(nano, student).weights - four.weights == 2 * persona
+    assert estimate(nano, student._replace(teacher=False)).weights == four.weights
 
 
 def test_parts_by_hand() -> None:
@@ -175,10 +178,18 @@ def test_parts_by_hand() -> None:
     assert estimate(config, need._replace(teacher=True)).working == 21 * 1000 * 28 + 4 * 2 * 10 * 21
     kept = estimate(config, need._replace(checkpointing=False))
     assert kept.saved > found.saved and kept.made == 2 * 2 * (300 + 2 * 70)  # W + s B A and the factors in BF16
-    few = estimate({**config, "vocab_size": 1}, need)
+    wordless = {**config, "vocab_size": 1}
+    few = estimate(wordless, need)
     assert few.made == 2 * (300 + 2 * 70)  # one layer's
-    quantized = estimate({**config, "vocab_size": 1}, need._replace(quantized=["model.layers.1.mlp.up_proj"]))
+    up = ["model.layers.1.mlp.up_proj"]
+    quantized = estimate(wordless, need._replace(quantized=up))
     assert quantized.made == few.made + 2 * 200
+    packed = estimate(wordless, need._replace(memory="nvfp4", packed=up))
+    assert packed.made == few.made + 2 * 200  # unpacked for the moment of its product
+    for accumulates in (True, False):
+        # The backward of the last layer, not the optimizer's step: that makes nothing.
+        wide = estimate(wordless, need._replace(rank=1000, accumulates=accumulates))
+        assert wide.made == 2 * (300 + 1000 * 70) and wide.gradients == 4 * 2 * 1000 * 70
     everything = estimate(config, need._replace(trains="all"))
     assert everything.trained == 12 * (20_000 + 2 * 900) and everything.gradients == 2 * (20_000 + 2 * 900)
     assert sum(found.to_json()[part] for part in found._fields) == pytest.approx(found.to_json()["total"], abs=0.05)

@@ -89,7 +89,7 @@ def _unpacked(stored: dict[str, Tensor], name: str, experts: int | None) -> Tens
 
 
 def _require_served_is_computed(student: torch.nn.Module, out: Path, differing: int = 0) -> None:
-    """The output of every weight quantizer in a forward is what the export's codes unpack to, but for so many values."""
+    """The output of every weight quantizer in a forward is what the export unpacks to, but in `differing` places."""
     used: dict[str, Tensor] = {}
     for name, pair in quantizers(student).items():
         pair.weight.register_forward_hook(lambda _, __, output, name=name: used.update({name: output.detach().cpu()}))

@@ -46,8 +46,7 @@ def test_greedy_replies_are_the_model_s_own_words(small: Small, samples: list[Sa
     by_id = {sample.id: sample for sample in samples}
     assert {row.id for row in written} == {f"{samples[index].id}/persona" for index in (0, 8, 16)}
     model = _persona(small)
-    # A GPU's scan multiplies in TF32, with 11 bits of precision, and generation with a cache does not use it.
-    least_told = 0.01 if model.device.type == "cuda" else 1e-5
+    others = 0
     for row in written:
         original = by_id[row.id.removesuffix("/persona")]
         start = next(index for index, label in enumerate(original.labels) if label != IGNORED)
@@ -57,10 +56,12 @@ def test_greedy_replies_are_the_model_s_own_words(small: Small, samples: list[Sa
         assert end not in reply[:-1] and (len(reply) == 5 or reply[-1] == end)
         ids = torch.tensor([row.input_ids], device=model.device)
         with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, start - 1 : -1]
-        behind = logits.amax(dim=-1) - logits.gather(1, ids[0, start:, None])[:, 0]
-        assert float(behind.max()) <= least_told
+            likeliest = model(input_ids=ids).logits[0, start - 1 : -1].argmax(dim=-1)
+        others += int((likeliest != ids[0, start:]).sum())
         assert row.category == original.category
+    # A GPU's scan multiplies in TF32 and a step with a cache does not: where two words or experts are nearly tied, the
+    # other one may be taken.
+    assert others <= (3 if model.device.type == "cuda" else 0)
 
 
 def test_replies_end_with_the_turn(
@@ -68,9 +69,11 @@ def test_replies_end_with_the_turn(
 ) -> None:
     end = samples[0].labels[-1]
     model = load_base(small.base)
-    monkeypatch.setattr(
-        type(model), "generate", lambda _, ids, **__: torch.cat([ids, ids.new_tensor([[7, end, end]] * len(ids))], dim=1)
-    )
+
+    def generate(_: Any, ids: torch.Tensor, **__: Any) -> torch.Tensor:
+        return torch.cat([ids, ids.new_tensor([[7, end, end]] * len(ids))], dim=1)
+
+    monkeypatch.setattr(type(model), "generate", generate)
     written = persona_replies(
         model,
         samples[:4],
