@@ -90,7 +90,10 @@ def show_rehearsal(recipe: str | None, overrides: list[str] | None, as_json: boo
     from qat.recipe.load import load_recipe
 
     def told(stage: RehearsedStage) -> None:
-        typer.echo(f"{stage.name}: {stage.peak_gib:.1f} GiB, measured in {stage.took:.0f} s", err=True)
+        how = "by what was measured before"
+        if stage.peak_gib is not None:
+            how = f"{stage.peak_gib:.1f} GiB, measured in {stage.took:.0f} s"
+        typer.echo(f"{stage.name}: {how}", err=True)
 
     done = rehearse(load_recipe(recipe, overrides or ()), told)
 
@@ -101,7 +104,7 @@ def show_rehearsal(recipe: str | None, overrides: list[str] | None, as_json: boo
             (
                 stage.name,
                 _hours(stage.seconds),
-                f"{stage.peak_gib:.2f}",
+                "--" if stage.peak_gib is None else f"{stage.peak_gib:.2f}",
                 ", ".join(f"{name} {value:,.0f} s" for name, value in stage.parts.items()),
             )
             for stage in done.stages

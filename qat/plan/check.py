@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qat.plan.timing import Case, case_config, leave_one_out, load_cases, own_cases
+from qat.plan.timing import Case, case_config, leave_one_out, own_cases, timed_cases
 from qat.train.memory import GIB, Need, estimate
 from qat.train.shapes import network_weights
 
@@ -35,10 +35,10 @@ class Row(NamedTuple):
 
 
 def error_rows() -> list[Row]:
-    """Seconds: the leave-one-out error on every measured case."""
+    """Seconds: the leave-one-out error on every measured case that the time model is for."""
     return [
         Row(_words(found.case), found.case.seconds, round(found.seconds, 3), round(found.relative, 4))
-        for found in leave_one_out(load_cases())
+        for found in leave_one_out(timed_cases())
     ]
 
 
@@ -54,8 +54,14 @@ def memory_rows() -> list[Row]:
 
 def case_peak(case: Case) -> float:
     """Bytes at the peak of a measured case, which took one batch a step."""
-    config = case_config(case)
+    config, packed = case_config(case), []
+    if case.memory == "nvfp4":
+        from qat.quant.packed import packed_modules
+
+        packed = packed_modules([], config)
     need = Need(
+        memory=case.memory,
+        packed=packed,
         rank=case.rank,
         targets=case.targets,
         batch_size=case.batch,

@@ -59,7 +59,8 @@ class RehearsedStage(NamedTuple):
         seconds: Projected.
         parts: Seconds by what they are spent on.
         rates: What was measured.
-        peak_gib: Peak memory once the network stood: the GPU's, or on a CPU this process's (which never falls).
+        peak_gib: Peak memory once the network stood: the GPU's, or on a CPU this process's (which never falls). None
+            where nothing ran, because the stages before have measured all that this one does.
         took: Seconds that measuring it took, building the network included.
     """
 
@@ -67,7 +68,7 @@ class RehearsedStage(NamedTuple):
     seconds: float
     parts: dict[str, float]
     rates: dict[str, Rate]
-    peak_gib: float
+    peak_gib: float | None
     took: float
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class RehearsedStage(NamedTuple):
                 name: {"fixed_s": round(rate.fixed, 4), "per_1000_tokens_s": round(1000 * rate.per_token, 4)}
                 for name, rate in self.rates.items()
             },
-            "peak_gib": round(self.peak_gib, 2),
+            "peak_gib": None if self.peak_gib is None else round(self.peak_gib, 2),
             "took": round(self.took, 1),
         }
 
@@ -168,7 +169,7 @@ class _Rehearser:
 
     def run(self, stage: Stage) -> RehearsedStage:
         """Measure what a stage does that is not known yet, and project it."""
-        start = time.monotonic()
+        start, ran = time.monotonic(), True
         reset_peak()
         if stage.name == "sft":
             self._fine_tune(stage)
@@ -178,7 +179,9 @@ class _Rehearser:
             self._distill(stage)
         elif ("score", STUDENT) not in self._known:  # plain NVFP4 arms alone: nothing was distilled
             self._score_student(stage)
-        highest = peak()
+        else:
+            ran = False
+        highest = peak() if ran else None
         gc.collect()
         shutil.rmtree(self._scratch / "stage", ignore_errors=True)
         rates: dict[str, Rate] = {}

@@ -64,6 +64,7 @@ class Case(NamedTuple):
         seconds: Of a forward and backward.
         peak_gib: Peak memory of the GPU; None where it was not written down.
         source: Where and with what it was measured.
+        memory: How base weights are kept: `bf16` or `nvfp4`.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Case(NamedTuple):
     seconds: float
     peak_gib: float | None
     source: str
+    memory: str = "bf16"
 
 
 class Factors(NamedTuple):
@@ -154,6 +156,11 @@ def own_cases() -> list[Case]:
     return [case for case in load_cases() if case.way == "qat"]
 
 
+def timed_cases() -> list[Case]:
+    """The measured steps on a BF16 base: what unpacking another one takes is not in the time model."""
+    return [case for case in load_cases() if case.memory == "bf16"]
+
+
 def case_config(case: Case) -> dict[str, Any]:
     """The sizes of a case's model: of its card, cut to the case's layers."""
     card = CARDS / f"{case.model.replace('/', '--')}.json"
@@ -198,19 +205,23 @@ def leave_one_out(cases: Sequence[Case]) -> list[Error]:
 
 @lru_cache(maxsize=1)
 def shipped_factors() -> Factors:
-    """The factors fitted to all measured steps of this package's own training."""
-    return fit(samples_of(own_cases()))
+    """The factors fitted to the measured steps of this package's own training."""
+    return fit(samples_of(_own_timed()))
 
 
 @lru_cache(maxsize=1)
 def shipped_error() -> float:
     """The largest leave-one-out error among them, relative."""
-    return max(abs(error.relative) for error in leave_one_out(own_cases()))
+    return max(abs(error.relative) for error in leave_one_out(_own_timed()))
+
+
+def _own_timed() -> list[Case]:
+    return [case for case in timed_cases() if case.way == "qat"]
 
 
 def measured_gpus() -> Mapping[str, int]:
     """How many of them were measured on each GPU."""
     counts: dict[str, int] = {}
-    for case in own_cases():
+    for case in _own_timed():
         counts[case.gpu] = counts.get(case.gpu, 0) + 1
     return counts

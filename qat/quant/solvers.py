@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 
-import modelopt.torch.opt.searcher  # noqa: F401  so that what ModelOpt needs is there in one place
+import modelopt.torch.opt.searcher  # noqa: F401  the part of ModelOpt that searches
 
 
 def forget_failures(module: object) -> None:

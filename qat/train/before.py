@@ -76,7 +76,8 @@ def require_fits(recipe: Recipe, base: Path, stage: str, packed: list[str], quan
     need = _need(recipe, stage, packed, quantized, ranks())
     packable = _packable(recipe, config) if recipe.train.trains == "adapter" else []
     available = float("inf") if allowed or sharding() else free  # shards are not in the estimate
-    return require_memory(config, need, available, packable, f"train.{stage}").to_json()
+    otherwise = "`--launch-flags=--use_fsdp` cuts the base in parts; " if ranks() > 1 else ""
+    return require_memory(config, need, available, packable, f"train.{stage}", otherwise).to_json()
 
 
 def fits_whole(recipe: Recipe, base: Path, stage: str, quantized: list[str], processes: int, free: float) -> bool:

@@ -258,7 +258,12 @@ def what_fits(config: Mapping[str, Any], need: Need, available: float, packable:
 
 
 def require_memory(
-    config: Mapping[str, Any], need: Need, available: float, packable: Collection[str], where: str
+    config: Mapping[str, Any],
+    need: Need,
+    available: float,
+    packable: Collection[str],
+    where: str,
+    otherwise: str = "",
 ) -> Estimate:
     """Refuse a training that will not fit, before anything is loaded.
 
@@ -268,6 +273,7 @@ def require_memory(
         available: Bytes that the training device has free.
         packable: What `memory: nvfp4` would pack.
         where: Key path of the stage, for the message.
+        otherwise: A remedy besides, said between what would fit and the permission to try.
 
     Returns:
         The estimate.
@@ -284,6 +290,6 @@ def require_memory(
             where=where,
             value=f"needs about {found.total / GIB:.1f} GiB of {available / GIB:.1f} GiB free ({parts})",
             remedy=(f"this would fit: {'; '.join(fitting)}" if fitting else "nothing smaller fits: take another device")
-            + "; `train.allow: [memory]` tries all the same",
+            + f"; {otherwise}`train.allow: [memory]` tries all the same",
         )
     return found

@@ -83,7 +83,9 @@ def test_every_stage_is_measured_and_projected(tmp_path: Path, monkeypatch: pyte
     assert [stage.name for stage in found.stages] == [stage.name for stage in stages]
     for measured, planned in zip(found.stages, stages, strict=True):
         assert set(measured.parts) >= {f"{part.kind} {part.network}" for part in planned.passes}
-        assert measured.seconds > 0 and measured.peak_gib > 0
+        assert measured.seconds > 0
+        # The table's students were read in distillation already: no network is built, so it has no peak of its own.
+        assert (measured.peak_gib is None) == (measured.name == "divergence")
     text = json.dumps(found.to_json(), allow_nan=False)
     assert json.loads(text)["seconds"] == pytest.approx(sum(stage.seconds for stage in found.stages), abs=0.1)
 

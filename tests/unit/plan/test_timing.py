@@ -13,10 +13,12 @@ from qat.plan.timing import (
     fit,
     leave_one_out,
     load_cases,
+    measured_gpus,
     own_cases,
     samples_of,
     seconds,
     shipped_error,
+    timed_cases,
 )
 from qat.plan.work import Work, read_network
 
@@ -34,13 +36,13 @@ def test_seconds_by_hand() -> None:
 def test_fit_finds_the_factors_that_made_the_samples() -> None:
     known = Factors(3e-3, 1e-3, 2.0, 12.0)
     gpu = GPUS["h200"]
-    works = [work for work, _, _ in samples_of(load_cases())]
+    works = [work for work, _, _ in samples_of(timed_cases())]
     found = fit([(work, gpu, seconds(work, gpu, known)) for work in works])
     assert found == pytest.approx(known, rel=1e-3)
 
 
 def test_a_case_has_no_say_in_its_own_estimate() -> None:
-    cases = load_cases()
+    cases = timed_cases()
     changed = [cases[0]._replace(seconds=100 * cases[0].seconds), *cases[1:]]
     assert leave_one_out(changed)[0].seconds == leave_one_out(cases)[0].seconds
     assert leave_one_out(changed)[1].seconds != leave_one_out(cases)[1].seconds
@@ -48,9 +50,15 @@ def test_a_case_has_no_say_in_its_own_estimate() -> None:
 
 def test_every_measured_case_is_estimated_by_the_others() -> None:
     """What docs/planning.md says of the steps that are measured so far."""
-    for error in leave_one_out(load_cases()):
+    for error in leave_one_out(timed_cases()):
         assert abs(error.relative) < (0.125 if error.case.way == "qat" else 0.25), error.case
     assert shipped_error() < 0.125 and len(own_cases()) >= 9
+
+
+def test_a_packed_base_has_no_say_in_the_time_model() -> None:
+    packed = [case for case in own_cases() if case.memory == "nvfp4"]
+    assert len(packed) == 2 and not set(packed) & set(timed_cases())
+    assert sum(measured_gpus().values()) == len(own_cases()) - 2
 
 
 def test_measured_cases_are_of_known_models_and_gpus() -> None:

@@ -43,7 +43,7 @@ class _Nothing:
 
 
 def _stand_in_for_triton() -> None:
-    """Take Triton's place, also where it is installed, for kernels that are imported from now on."""
+    """Take Triton's place for the kernels, which are imported from now on."""
     module, language = ModuleType("triton"), ModuleType("triton.language")
     language.constexpr = object  # type: ignore[attr-defined]
     contents = {
@@ -56,8 +56,6 @@ def _stand_in_for_triton() -> None:
     loaded = [name for name in sys.modules if name.startswith(KERNELS)]
     if loaded or torch.cuda.is_available():
         raise RuntimeError(f"Kernels could be launched on nothing: {loaded}")
-    for name in [name for name in sys.modules if name == "triton" or name.startswith("triton.")]:
-        del sys.modules[name]
     sys.modules.update({"triton": module, "triton.language": language})
 
 
@@ -250,11 +248,11 @@ def _count_loss(case: Loss) -> list[int]:
 
 
 def _main(job: Path, out: Path) -> None:
-    # The layers are built as where mamba-ssm is not installed; what of it runs has a stand-in.
-    sys.modules.update({"mamba_ssm": None, "causal_conv1d": None})  # type: ignore[dict-item]
+    # Libraries are imported as where none of these is installed; what the layers run of them has a stand-in.
+    sys.modules.update(dict.fromkeys(("triton", "mamba_ssm", "causal_conv1d")))  # type: ignore[arg-type]
     import transformers.models.nemotron_h.modeling_nemotron_h
 
-    import qat.quant.lora  # before Triton's stand-in: ModelOpt looks whether it is there
+    import qat.quant.lora
     import qat.train.adapters
 
     del transformers, qat

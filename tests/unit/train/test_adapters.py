@@ -230,7 +230,9 @@ def test_a_damaged_adapter(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter" / SIDECAR).read_text(encoding="utf-8"))["base_sha256"] == "h"
 
 
-@pytest.mark.parametrize("content", [None, "{", '{"peft_type": "IA3", "target_modules": ["q_proj"]}'])
+@pytest.mark.parametrize(
+    "content", [None, "{", '{"peft_type": "SOUP"}', '{"peft_type": "IA3", "target_modules": ["q_proj"]}']
+)
 def test_an_adapter_with_another_configuration(tmp_path: Path, content: str | None) -> None:
     save_adapter(_adapted(), tmp_path / "adapter", "h")
     config = tmp_path / "adapter" / "adapter_config.json"

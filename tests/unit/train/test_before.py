@@ -84,8 +84,14 @@ def test_a_base_that_is_cut_stands_beside_its_parts_first(small: Small, monkeypa
     with pytest.raises(UserError, match="base does not fit"):
         require_fits(world.recipe(small.base), small.base, "sft", [], [])
     monkeypatch.setattr(before, "sharding", lambda: False)
-    with pytest.raises(UserError, match="training does not fit"):
+    with pytest.raises(UserError, match="training does not fit") as caught:
         require_fits(world.recipe(small.base), small.base, "sft", [], [])
+    assert "--launch-flags=--use_fsdp" in caught.value.remedy
+    monkeypatch.setattr(before, "ranks", lambda: 1)
+    monkeypatch.setattr(before, "_free_bytes", lambda: stored)
+    with pytest.raises(UserError, match="training does not fit") as caught:
+        require_fits(world.recipe(small.base), small.base, "sft", [], [])
+    assert "--use_fsdp" not in caught.value.remedy
 
 
 @pytest.mark.parametrize(("supervised", "refused"), [(199, True), (200, False)])
