@@ -1,8 +1,9 @@
-"""What every test stands on: two torch threads, no model hub, and the folder of real files."""
+"""What every test stands on: two torch threads, no model hub, heeded interrupts, and the folder of real files."""
 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ os.environ["OMP_NUM_THREADS"] = "2"
 os.environ["MKL_NUM_THREADS"] = "2"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# A shell starts background jobs with SIGINT ignored; processes that a test starts and interrupts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -30,9 +30,10 @@ from tests.unit.behavior.test_runner import Quiet
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "behavior.md").read_text(encoding="utf-8")
 TUTORIAL = PAGE[PAGE.index("## A suite for another persona") : PAGE.index("## Flips are rare")]
-COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", TUTORIAL, re.S) for line in block.splitlines() if line.strip()
-]
+BLOCKS = re.findall(r"```sh\n(.*?)```", TUTORIAL, re.S)
+SCRIPTS = [block for block in BLOCKS if "$URL" in block]
+"""What a CI job would run."""
+COMMANDS = [line for block in BLOCKS if block not in SCRIPTS for line in block.splitlines() if line.strip()]
 EXITS = {"qat test": 1, "qat baseline check": 1}
 """The tiny model fails the suite, and is told so."""
 
@@ -49,6 +50,20 @@ def qat(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [sys.executable, "-m", "qat", *arguments[1:]],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def shell(script: str, folder: Path, url: str) -> subprocess.CompletedProcess[str]:
+    """A script as a CI job runs it: `bash -e`, with the product's commands on the path."""
+    tools = folder / "bin"
+    tools.mkdir(exist_ok=True)
+    for name in ("qat", "pytest"):
+        (tools / name).write_text(f'#!/bin/sh\nexec {sys.executable} -m {name} "$@"\n', encoding="utf-8")
+        (tools / name).chmod(0o755)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tools}:{os.environ['PATH']}", "URL": url}
+    return subprocess.run(
+        ["bash", "-e", "-c", script],
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -105,6 +120,12 @@ def test_every_step_of_the_tutorial(server: str, tmp_path: Path) -> None:
         assert done.returncode == next((code for start, code in EXITS.items() if step.startswith(start)), 0), (
             done.stderr
         )
+    assert len(SCRIPTS) == 2
+    for script in SCRIPTS:  # the tiny model fails the suite, and so does the job
+        done = shell(script, tmp_path, server)
+        print(f"$ {script}\n{done.stdout}")
+        assert done.returncode == 1, done.stderr
+    assert re.search(r"\d+ failed", done.stdout) and (tmp_path / "junit.xml").is_file()
     answers = read_results(tmp_path / "desk.jsonl").results.values()
     assert len(answers) == 12 and all(answer.error is None for answer in answers)
     assert {entry.case for entry in answers} == set(load_suite(tmp_path / "desk.yaml").by_id)

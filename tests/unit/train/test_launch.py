@@ -182,9 +182,7 @@ def test_the_launcher_ends_with_the_command(number: int, tmp_path: Path) -> None
         [
             sys.executable,
             "-c",
-            "import signal, sys, pathlib; from qat.train.launch import supervise\n"
-            # A shell starts background jobs, the tests among them, with SIGINT ignored, and that is inherited.
-            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "import sys, pathlib; from qat.train.launch import supervise\n"
             "supervise([sys.executable, '-c', f'import os, pathlib, time; pathlib.Path({sys.argv[1]!r})."
             "write_text(str(os.getpid())); time.sleep(60)'], pathlib.Path(sys.argv[1] + '.log'))",
             str(tmp_path / "pid"),
